@@ -1,0 +1,166 @@
+from baton.api.common.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class HandoffKey(_message.Message):
+    __slots__ = ("request_id", "attempt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Endpoints(_message.Message):
+    __slots__ = ("sender", "receiver")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    sender: _common_pb2.WorkerIdentity
+    receiver: _common_pb2.WorkerIdentity
+    def __init__(self, sender: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class HandshakeRequest(_message.Message):
+    __slots__ = ("endpoints", "compatibility", "transports", "host_id", "shared_memory")
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    endpoints: Endpoints
+    compatibility: _common_pb2.Compatibility
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    host_id: str
+    shared_memory: SharedMemory
+    def __init__(self, endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., compatibility: _Optional[_Union[_common_pb2.Compatibility, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., host_id: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("pid", "fd", "num_bytes", "nonce")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    num_bytes: int
+    nonce: bytes
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class HandshakeResponse(_message.Message):
+    __slots__ = ("refusal", "receiver", "transport", "data_address")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    receiver: _common_pb2.WorkerIdentity
+    transport: str
+    data_address: str
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., receiver: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., transport: _Optional[str] = ..., data_address: _Optional[str] = ...) -> None: ...
+
+class ReserveRequest(_message.Message):
+    __slots__ = ("handoff", "endpoints", "block_names", "num_tokens", "transport")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_NAMES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    handoff: HandoffKey
+    endpoints: Endpoints
+    block_names: _containers.RepeatedScalarFieldContainer[bytes]
+    num_tokens: int
+    transport: str
+    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., block_names: _Optional[_Iterable[bytes]] = ..., num_tokens: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+
+class Slot(_message.Message):
+    __slots__ = ("index", "block_id", "generation")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    block_id: int
+    generation: int
+    def __init__(self, index: _Optional[int] = ..., block_id: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class Grant(_message.Message):
+    __slots__ = ("slots", "lease_ms", "transfer_token")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedCompositeFieldContainer[Slot]
+    lease_ms: int
+    transfer_token: bytes
+    def __init__(self, slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., lease_ms: _Optional[int] = ..., transfer_token: _Optional[bytes] = ...) -> None: ...
+
+class ReserveResponse(_message.Message):
+    __slots__ = ("grant", "refusal")
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    grant: Grant
+    refusal: Refusal
+    def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("handoff", "endpoints", "manifest_digest", "first_token", "num_bytes")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    handoff: HandoffKey
+    endpoints: Endpoints
+    manifest_digest: bytes
+    first_token: _common_pb2.Token
+    num_bytes: int
+    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., manifest_digest: _Optional[bytes] = ..., first_token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class CommitResponse(_message.Message):
+    __slots__ = ("refusal", "missing")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    missing: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., missing: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("handoff", "endpoints", "reason")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    handoff: HandoffKey
+    endpoints: Endpoints
+    reason: str
+    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ("known",)
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    known: bool
+    def __init__(self, known: _Optional[bool] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("endpoints", "live")
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    endpoints: Endpoints
+    live: _containers.RepeatedCompositeFieldContainer[HandoffKey]
+    def __init__(self, endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., live: _Optional[_Iterable[_Union[HandoffKey, _Mapping]]] = ...) -> None: ...
+
+class HeartbeatResponse(_message.Message):
+    __slots__ = ("unknown", "refusal")
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    unknown: _containers.RepeatedCompositeFieldContainer[HandoffKey]
+    refusal: Refusal
+    def __init__(self, unknown: _Optional[_Iterable[_Union[HandoffKey, _Mapping]]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
