@@ -1,0 +1,60 @@
+"""What the API layer asks of the dispatcher: one generation in, token deltas out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.services.core.lifecycle import Trace
+from baton.services.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SloTarget:
+    """What the client asked for. None: the class's default."""
+
+    slo_class: str = "standard"
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+@dataclass(slots=True)
+class GenerationRequest:
+    """One choice of one prompt. ``request_id`` is unique; ``receipt_id`` is what the client knows the whole response by."""
+
+    request_id: str
+    receipt_id: str
+    model: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+    slo: SloTarget = field(default_factory=SloTarget)
+    timeout_s: float | None = None
+    trace: Trace = field(default_factory=Trace)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New tokens of one generation. The last delta, and only that, has a finish reason."""
+
+    first_index: int
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int | None = None  # in the first delta
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # in the first delta, if asked for
+
+
+class Dispatcher(Protocol):
+    """Runs generations on workers.
+
+    Closing the generator before its end cancels the request and frees everything it holds anywhere.
+    Failures are raised as BatonError; after a finish reason nothing more is yielded.
+    """
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]: ...
+
+    def finish(self, request: GenerationRequest, reason: str) -> None:
+        """The API layer's own end of the request (a stop string, say, found after the last delta was taken): for the receipt."""
+        ...
