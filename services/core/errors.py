@@ -31,7 +31,13 @@ class BatonError(Exception):
     """
 
     def __init__(
-        self, code: ErrorCode, message: str, *, param: str | None = None, retryable: bool = False, retry_after_s: float | None = None
+        self,
+        code: ErrorCode,
+        message: str,
+        *,
+        param: str | None = None,
+        retryable: bool = False,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code

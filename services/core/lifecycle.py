@@ -1,4 +1,4 @@
-"""The instants of a request's life, once. Receipts, metrics, spans, simulator traces and load reports are all made from them."""
+"""The instants of a request's life, once: receipts, metrics, spans and simulator traces come from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Instant(StrEnum):
     PREFILL_START = "prefill_start"  # the first step that computes for it begins
     PREFILL_END = "prefill_end"  # the first token is sampled
     TRANSFER_END = "transfer_end"  # its blocks are readable on the decode worker
-    DECODE_START = "decode_start"  # the step that produces the first token the client waits for began; only where decode makes it
+    DECODE_START = "decode_start"  # the step that makes the first token begins, where decode makes it
     FIRST_TOKEN = "first_token"  # the gateway has the first token
     ENDED = "ended"  # the one end
 

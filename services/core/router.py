@@ -1,0 +1,182 @@
+"""Which workers run a request: filters, then a price for every candidate, then the cheapest.
+
+With a prefill pool at hand a prompt always goes through it; the price picks the pair. Without one the decode worker
+prefills itself. The price of the other way is kept in the decision: every receipt tells what was not chosen and why.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost, WorkerCost, visible_transfer_s
+from baton.services.core.errors import BatonError, ErrorCode
+
+
+class Role(StrEnum):
+    """What a worker does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
+class Mode(StrEnum):
+    """How a request is run."""
+
+    REMOTE = "remote"  # prefill worker, then decode worker
+    LOCAL = "local"  # the decode worker prefills itself
+    COLOCATED = "colocated"  # the worker's role is to do both
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as the router sees it: its last report, with the gateway's own work in flight already counted in."""
+
+    worker_id: str
+    incarnation: str
+    role: Role
+    address: str
+    compatibility: str  # equal strings may exchange blocks
+    host_id: str = ""
+    queued_tokens: int = 0  # prompt tokens waiting or being computed
+    running: int = 0
+    max_num_seqs: int = 256
+    available_blocks: int = 1 << 30  # free or evictable
+    max_num_batched_tokens: int = 2048
+    cost: WorkerCost = field(default_factory=WorkerCost)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedRequest:
+    """What the router needs to know about a request. ``cached_blocks``: worker id -> leading blocks it holds."""
+
+    request_id: str
+    num_tokens: int
+    block_size: int
+    block_bytes: int
+    cached_blocks: Mapping[str, int]
+    excluded: Collection[str] = ()  # incarnations that already failed this request
+
+    def num_uncached_tokens(self, worker_id: str) -> int:
+        return max(1, self.num_tokens - self.cached_blocks.get(worker_id, 0) * self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run the request and its price in seconds to the first token."""
+
+    mode: Mode
+    decode: WorkerView
+    prefill: WorkerView | None
+    queue_s: float
+    prefill_s: float
+    transfer_s: float
+    decode_wait_s: float
+
+    @property
+    def price_s(self) -> float:
+        return self.queue_s + self.prefill_s + self.transfer_s + self.decode_wait_s
+
+    @property
+    def workers(self) -> tuple[WorkerView, ...]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingDecision:
+    """The choice, the best way not chosen, and a sentence on why."""
+
+    chosen: Candidate
+    runner_up: Candidate | None
+    reason: str
+
+
+def route(request: RoutedRequest, workers: Sequence[WorkerView]) -> RoutingDecision:
+    """Prices every candidate and picks. Raises BatonError(NO_WORKERS), which is retryable, when none is usable."""
+    usable = [worker for worker in workers if worker.incarnation not in request.excluded]
+    decoders = [worker for worker in usable if worker.role is not Role.PREFILL]
+    prefillers = [worker for worker in usable if worker.role is Role.PREFILL]
+    if not decoders:
+        raise BatonError(ErrorCode.NO_WORKERS, _explain_none(workers, request), retryable=True, retry_after_s=1.0)
+    local = [_price_local(request, decoder) for decoder in decoders]
+    remote = [
+        _price_remote(request, prefiller, decoder)
+        for decoder in decoders
+        if decoder.role is Role.DECODE
+        for prefiller in prefillers
+        if prefiller.compatibility == decoder.compatibility
+    ]
+    ranked = sorted(remote, key=lambda c: _rank(request, c)) + sorted(local, key=lambda c: _rank(request, c))
+    chosen = ranked[0]
+    return RoutingDecision(chosen, ranked[1] if len(ranked) > 1 else None, _explain(chosen, len(remote), len(local)))
+
+
+def _rank(request: RoutedRequest, candidate: Candidate) -> tuple[float, int]:
+    """Price, then a spread that depends on the request: equal workers share equal work without randomness."""
+    key = "/".join((request.request_id, *(worker.worker_id for worker in candidate.workers)))
+    return round(candidate.price_s, 6), zlib.crc32(key.encode())
+
+
+def _price_local(request: RoutedRequest, decoder: WorkerView) -> Candidate:
+    mode = Mode.COLOCATED if decoder.role is Role.COLOCATED else Mode.LOCAL
+    return Candidate(
+        mode,
+        decoder,
+        None,
+        queue_s=decoder.queued_tokens * decoder.cost.prefill_s_per_token,
+        prefill_s=decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id)),
+        transfer_s=0.0,
+        decode_wait_s=_seat_wait_s(request, decoder),
+    )
+
+
+def _price_remote(request: RoutedRequest, prefiller: WorkerView, decoder: WorkerView) -> Candidate:
+    num_blocks = -(-request.num_tokens // request.block_size)
+    num_sent = max(0, num_blocks - request.cached_blocks.get(decoder.worker_id, 0))
+    num_last_chunk = -(-min(request.num_tokens, prefiller.max_num_batched_tokens) // request.block_size)
+    return Candidate(
+        Mode.REMOTE,
+        decoder,
+        prefiller,
+        queue_s=prefiller.queued_tokens * prefiller.cost.prefill_s_per_token,
+        prefill_s=prefiller.cost.prefill_s(request.num_uncached_tokens(prefiller.worker_id)),
+        transfer_s=visible_transfer_s(
+            _link(prefiller, decoder), num_sent * request.block_bytes, num_last_chunk * request.block_bytes
+        ),
+        decode_wait_s=_seat_wait_s(request, decoder),
+    )
+
+
+def _link(prefiller: WorkerView, decoder: WorkerView) -> LinkCost:
+    return SAME_HOST if prefiller.host_id and prefiller.host_id == decoder.host_id else OTHER_HOST
+
+
+def _seat_wait_s(request: RoutedRequest, decoder: WorkerView) -> float:
+    """Wait for a place in the batch and for blocks; among decoders with both, a fuller batch steps slower."""
+    num_blocks = -(-request.num_tokens // request.block_size)
+    lacking = max(0, num_blocks - decoder.available_blocks) / max(1, num_blocks)
+    too_many = max(0, decoder.running + 1 - decoder.max_num_seqs)
+    crowding = decoder.running / decoder.max_num_seqs
+    return decoder.cost.decode_step_s * (crowding + 100.0 * (too_many + lacking))
+
+
+def _explain(chosen: Candidate, num_remote: int, num_local: int) -> str:
+    if chosen.mode is Mode.COLOCATED:
+        return f"cheapest of {num_local} colocated workers"
+    if chosen.mode is Mode.LOCAL:
+        return f"no usable prefill worker; cheapest of {num_local} decode workers prefills itself"
+    return f"cheapest of {num_remote} prefill/decode pairs"
+
+
+def _explain_none(workers: Sequence[WorkerView], request: RoutedRequest) -> str:
+    if not workers:
+        return "no worker is ready; retry in a moment"
+    num_decoders = sum(1 for worker in workers if worker.role is not Role.PREFILL)
+    num_excluded = sum(1 for worker in workers if worker.incarnation in request.excluded)
+    return (
+        f"no usable decode worker: {len(workers)} workers known, {num_decoders} of them decode, "
+        f"{num_excluded} already failed this request; retry in a moment"
+    )

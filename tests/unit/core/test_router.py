@@ -1,0 +1,107 @@
+"""The router: who may run a request, what each way costs, which is cheapest."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from baton.services.core.cost_model import LinkCost, WorkerCost, visible_transfer_s
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.router import Mode, Role, RoutedRequest, WorkerView, route
+
+
+def worker(worker_id: str, role: Role, **changes: object) -> WorkerView:
+    view = WorkerView(worker_id, f"inc-{worker_id}", role, f"127.0.0.1:{len(worker_id)}", "same", "host")
+    return dataclasses.replace(view, **changes)  # type: ignore[arg-type]
+
+
+def request(num_tokens: int = 640, **changes: object) -> RoutedRequest:
+    routed = RoutedRequest("r1", num_tokens, 16, 65536, {})
+    return dataclasses.replace(routed, **changes)  # type: ignore[arg-type]
+
+
+P0, P1 = worker("p0", Role.PREFILL), worker("p1", Role.PREFILL)
+D0, D1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE)
+
+
+def test_a_prompt_goes_through_both_pools_when_there_are_both() -> None:
+    decision = route(request(), [P0, D0])
+    assert decision.chosen.mode is Mode.REMOTE
+    assert (decision.chosen.prefill, decision.chosen.decode) == (P0, D0)
+    assert decision.runner_up is not None
+    assert decision.runner_up.mode is Mode.LOCAL
+
+
+def test_the_queue_of_a_prefill_worker_counts() -> None:
+    busy = dataclasses.replace(P0, queued_tokens=50_000)
+    assert route(request(), [busy, P1, D0]).chosen.prefill == P1
+
+
+def test_a_cached_prefix_outweighs_a_short_queue() -> None:
+    busy = dataclasses.replace(P0, queued_tokens=100)
+    decision = route(request(cached_blocks={"p0": 39}), [busy, P1, D0])
+    assert decision.chosen.prefill == busy
+
+
+def test_blocks_that_the_decoder_holds_need_not_travel() -> None:
+    far = dataclasses.replace(D0, host_id="other")
+    far_cached = dataclasses.replace(D1, host_id="other")
+    assert route(request(cached_blocks={"d1": 40}), [P0, far, far_cached]).chosen.decode == far_cached
+
+
+def test_a_full_decoder_is_avoided() -> None:
+    full = dataclasses.replace(D0, running=256)
+    assert route(request(), [P0, full, D1]).chosen.decode == D1
+    out_of_blocks = dataclasses.replace(D0, available_blocks=3)
+    assert route(request(), [P0, out_of_blocks, D1]).chosen.decode == D1
+
+
+def test_incompatible_workers_never_pair() -> None:
+    decision = route(request(), [dataclasses.replace(P0, compatibility="other"), D0])
+    assert decision.chosen.mode is Mode.LOCAL
+    assert "no usable prefill worker" in decision.reason
+
+
+def test_a_failed_incarnation_is_not_tried_again() -> None:
+    assert route(request(excluded={"inc-p0"}), [P0, P1, D0]).chosen.prefill == P1
+    with pytest.raises(BatonError) as failure:
+        route(request(excluded={"inc-d0"}), [P0, D0])
+    assert failure.value.code is ErrorCode.NO_WORKERS
+    assert failure.value.retryable
+    assert "1 already failed this request" in failure.value.message
+
+
+def test_without_any_worker_the_error_says_so() -> None:
+    with pytest.raises(BatonError, match="no worker is ready"):
+        route(request(), [])
+
+
+def test_colocated_workers_run_the_whole_request() -> None:
+    decision = route(request(), [worker("c0", Role.COLOCATED)])
+    assert decision.chosen.mode is Mode.COLOCATED
+    assert decision.chosen.prefill is None
+
+
+def test_equal_workers_share_equal_work() -> None:
+    chosen = [route(request(request_id=f"r{i}"), [P0, P1, D0, D1]).chosen for i in range(400)]
+    for pair in {(c.prefill, c.decode) for c in chosen if c.prefill}:
+        assert 60 <= sum((c.prefill, c.decode) == pair for c in chosen) <= 140
+
+
+def test_equal_requests_get_equal_decisions() -> None:
+    assert route(request(), [P0, P1, D0, D1]) == route(request(), [D1, P1, D0, P0])
+
+
+def test_prices_are_sums_of_their_parts() -> None:
+    slow = dataclasses.replace(P0, queued_tokens=1000, cost=WorkerCost(prefill_s_per_token=1e-3))
+    chosen = route(request(num_tokens=100), [slow, D0]).chosen
+    assert chosen.queue_s == pytest.approx(1.0)
+    assert chosen.prefill_s == pytest.approx(0.1)
+    assert chosen.price_s == pytest.approx(chosen.queue_s + chosen.prefill_s + chosen.transfer_s + chosen.decode_wait_s)
+
+
+def test_only_the_last_chunk_of_a_transfer_is_visible() -> None:
+    link = LinkCost(fixed_s=1e-3, bytes_per_s=1e9)
+    assert visible_transfer_s(link, 10_000_000, 1_000_000) == pytest.approx(2e-3)
+    assert visible_transfer_s(link, 500_000, 1_000_000) == pytest.approx(1.5e-3)
