@@ -1,0 +1,287 @@
+"""Every option of every process, once: command line flags, BATON_* variables and YAML keys are all made from these fields.
+
+A check that looks at two fields is a validator of the later one, so that it runs, and is reported, beside the problems of
+all other fields. Values come in through ``settings_loader.load_settings``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+_MIB = 1024 * 1024
+
+
+def _split_commas(value: Any) -> Any:
+    """A variable holds a list as comma-separated text; flags and YAML give lists."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _positive_size(value: Any) -> Any:
+    if str(value).strip().startswith("-") or str(value).strip() == "0":
+        raise ValueError(f"must be above 0, for example 512MiB or 1GiB, got {value}")
+    return value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener on ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether ``host`` stands for every interface, so that nobody can connect to it by that name."""
+    return host in ("0.0.0.0", "::")  # noqa: S104  compared, not bound
+
+
+StringList = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
+SecretList = Annotated[list[SecretStr], NoDecode, BeforeValidator(_split_commas)]
+Size = Annotated[ByteSize, BeforeValidator(_positive_size)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseSettings):
+    """What every process has."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BATON_",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+    # Fields that the command line does not show: one command sets them for another.
+    hidden: ClassVar[frozenset[str]] = frozenset()
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message to log.")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: console on a terminal, JSON elsewhere."
+    )
+    allow_insecure_bind: bool = Field(False, description="Allow a --host that other machines can reach, without TLS.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, le=3600, description="Seconds that running requests get to finish on SIGTERM."
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _refuse_open_host(cls, host: str, info: ValidationInfo) -> str:
+        if info.data.get("allow_insecure_bind") is False and not is_loopback(host):
+            raise ValueError(
+                f"{host} can be reached from other machines, without TLS; add --allow-insecure-bind to do it anyway"
+            )
+        return host
+
+
+class BusSettings(Settings):
+    """How a process finds the others."""
+
+    cluster: str = Field(
+        "default", description="Name that keeps installations on one NATS server apart: [a-z0-9-], up to 64."
+    )
+    nats_url: str | None = Field(
+        "nats://127.0.0.1:4222",
+        description="NATS servers, comma-separated. Empty or 'none': do without; name workers by --worker.",
+    )
+    nats_token_file: Path | None = Field(None, description="File with the token that the NATS server asks for.")
+
+    @field_validator("cluster")
+    @classmethod
+    def _check_cluster(cls, cluster: str) -> str:
+        if not _NAME.fullmatch(cluster):
+            raise ValueError(
+                f"must be 1 to 64 characters of [a-z0-9-], not starting or ending with '-', got {cluster!r}"
+            )
+        return cluster
+
+    @field_validator("nats_url")
+    @classmethod
+    def _check_nats_url(cls, url: str | None) -> str | None:
+        if url is None or url.strip().lower() in ("", "none"):
+            return None
+        for part in url.split(","):
+            split = urlsplit(part.strip())
+            if split.scheme not in ("nats", "tls") or not split.hostname:
+                raise ValueError(f"must look like nats://host:4222 or tls://host:4222, got {part.strip()!r}")
+        return url
+
+    @field_validator("nats_token_file")
+    @classmethod
+    def _check_token_file(cls, path: Path | None) -> Path | None:
+        return _readable(path)
+
+
+class ModelSettings(Settings):
+    """What is served and with how much memory."""
+
+    model: str | None = Field(None, description="Model folder or Hugging Face id. Default: the bundled demo model.")
+    served_model_name: str | None = Field(None, min_length=1, max_length=256, description="Name that clients ask for.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and KV cache."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    transport: Literal["auto", "shm", "tcp"] = Field(
+        "auto", description="How KV blocks travel. auto: shm on one host, tcp else."
+    )
+    block_size: int = Field(16, ge=1, le=256, description="Tokens per KV block; a power of two.")
+    kv_cache_memory: Size = Field(ByteSize(1024 * _MIB), description="KV cache of each worker, for example 512MiB.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt + output in tokens. Default: the model's limit."
+    )
+    max_num_seqs: int = Field(64, ge=1, le=65536, description="Most sequences in a batch.")
+    max_num_batched_tokens: int = Field(2048, ge=1, le=1 << 20, description="Most tokens in one engine step.")
+    prefix_caching: bool = Field(True, description="Reuse the KV blocks of known prefixes.")
+    speculative: Literal["off"] = Field("off", description="Speculative decoding; this version has none.")
+    threads_per_worker: int | None = Field(
+        None, ge=1, le=4096, description="CPU threads of each worker. Default: cores / workers."
+    )
+
+    @field_validator("block_size")
+    @classmethod
+    def _check_block_size(cls, size: int) -> int:
+        if size & (size - 1):
+            raise ValueError(f"must be a power of two, got {size}")
+        return size
+
+
+class GatewayOptions(Settings):
+    """The public side, as ``baton gateway`` and ``baton serve`` share it."""
+
+    port: Port = Field(8000, description="REST port. 0: any free one.")
+    grpc_port: Port = Field(8001, description="gRPC port. 0: any free one.")
+    api_key: SecretList = Field(
+        [], description="Key that clients must send; may be repeated. Default: no key is needed."
+    )
+    api_key_file: Path | None = Field(None, description="File with one API key per line.")
+    max_concurrent_requests: int = Field(1024, ge=1, description="Requests at once; more are refused with 503.")
+    max_body_size: Size = Field(ByteSize(16 * _MIB), description="Largest request body.")
+    request_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds after which a request is given up.")
+    placement: Literal["auto", "remote", "local"] = Field(
+        "auto",
+        description="auto: price handing over against prefilling on the decode worker; remote, local: always that.",
+    )
+
+    @field_validator("grpc_port")
+    @classmethod
+    def _ports_differ(cls, grpc_port: int, info: ValidationInfo) -> int:
+        if grpc_port and grpc_port == info.data.get("port"):
+            raise ValueError(f"must differ from --port, both are {grpc_port}")
+        return grpc_port
+
+    @field_validator("api_key_file")
+    @classmethod
+    def _check_key_file(cls, path: Path | None) -> Path | None:
+        return _readable(path)
+
+    def api_keys(self) -> tuple[str, ...]:
+        """All keys, from the flags and the file. Empty: none is needed."""
+        keys = [key.get_secret_value() for key in self.api_key]
+        if self.api_key_file is not None:
+            keys += self.api_key_file.read_text(encoding="utf-8").splitlines()
+        return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+
+
+class GatewaySettings(GatewayOptions, BusSettings):
+    """``baton gateway``."""
+
+    model: str | None = Field(
+        None, description="Model folder or Hugging Face id, for its tokenizer. Default: the demo model."
+    )
+    served_model_name: str | None = Field(None, min_length=1, max_length=256, description="Name that clients ask for.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt + output in tokens. Default: what the workers say."
+    )
+    worker: StringList = Field([], description="host:port of a worker that is there without NATS; may be repeated.")
+
+    @field_validator("worker")
+    @classmethod
+    def _check_workers(cls, addresses: list[str]) -> list[str]:
+        for address in addresses:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ValueError(f"must look like host:port, got {address!r}")
+        return addresses
+
+
+class WorkerSettings(ModelSettings, BusSettings):
+    """``baton prefill`` and ``baton decode``."""
+
+    hidden = frozenset({"role"})
+
+    role: Literal["prefill", "decode", "colocated"] = Field(..., description="What the worker does.")
+    worker_id: str | None = Field(
+        None, description="Stable name: [a-z0-9-], up to 64. Default: role and a random number."
+    )
+    port: Port = Field(0, description="gRPC port. 0: any free one.")
+    kv_port: Port = Field(0, description="Port of the KV data plane. 0: any free one.")
+    advertise_host: str | None = Field(
+        None, min_length=1, description="Host that others reach this worker by. Default: --host."
+    )
+    block_key_file: Path | None = Field(
+        None, description="File with the secret that keys block names, 16 to 64 bytes; the same for all workers."
+    )
+
+    @field_validator("worker_id")
+    @classmethod
+    def _check_worker_id(cls, worker_id: str | None) -> str | None:
+        if worker_id is not None and not _NAME.fullmatch(worker_id):
+            raise ValueError(
+                f"must be 1 to 64 characters of [a-z0-9-], not starting or ending with '-', got {worker_id!r}"
+            )
+        return worker_id
+
+    @field_validator("kv_port")
+    @classmethod
+    def _ports_differ(cls, kv_port: int, info: ValidationInfo) -> int:
+        if kv_port and kv_port == info.data.get("port"):
+            raise ValueError(f"must differ from --port, both are {kv_port}")
+        return kv_port
+
+    @field_validator("advertise_host")
+    @classmethod
+    def _need_advertise_host(cls, advertise_host: str | None, info: ValidationInfo) -> str | None:
+        host = info.data.get("host", "")
+        if advertise_host is None and is_wildcard(host):
+            raise ValueError(f"needed with --host {host}: peers cannot connect to a wildcard address")
+        return advertise_host
+
+    @field_validator("block_key_file")
+    @classmethod
+    def _check_block_key(cls, path: Path | None) -> Path | None:
+        if _readable(path) is not None and path is not None and not 16 <= path.stat().st_size <= 64:
+            raise ValueError(f"{path} must hold 16 to 64 bytes, it holds {path.stat().st_size}")
+        return path
+
+    @property
+    def public_host(self) -> str:
+        """The host in the addresses that this worker announces."""
+        return self.advertise_host or self.host
+
+
+class ServeSettings(ModelSettings, GatewayOptions):
+    """``baton serve``."""
+
+    mode: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated", description="colocated: workers do both parts."
+    )
+    prefill: int = Field(1, ge=1, le=64, description="Prefill workers.")
+    decode: int = Field(1, ge=1, le=64, description="Decode workers; with --mode colocated, workers that do both.")
+
+
+def _readable(path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    return path
