@@ -1,0 +1,72 @@
+"""What a process owes its parent and its terminal: signals that mean drain and stop, and not outliving the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+# Set by a supervisor for its children: they end when that process does.
+PARENT_PID_VARIABLE = "BATON_PARENT_PID"
+
+_PR_SET_PDEATHSIG = 1
+_PARENT_POLL_S = 0.5
+
+
+def die_with_parent() -> None:
+    """Ends this process, whatever it does, when the supervisor that started it is gone. Without a supervisor: nothing.
+
+    The kernel does it on Linux, at once, even to a process that runs no Python; a thread that watches the parent's pid
+    does it elsewhere. The request survives exec, so a child may call this and then become another program.
+    """
+    parent = os.environ.get(PARENT_PID_VARIABLE)
+    if parent is None:
+        return
+    parent_pid = int(parent)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before we could ask
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=_watch_parent, args=(parent_pid,), name="parent-watch", daemon=True).start()
+
+
+def _watch_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_POLL_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_cleanly_on_signals() -> None:
+    """Until a service has handlers of its own (imports alone can take seconds), a signal finds nothing to drain: exit 0."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: os._exit(0))
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGHUP while entered: the first asks to drain, the second to stop now."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        self.stop_now = asyncio.Event()
+        self.last_signal: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignals:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal, number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self.last_signal = signal.Signals(number)
+        if self.drain.is_set():
+            self.stop_now.set()
+        self.drain.set()
