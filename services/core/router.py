@@ -1,7 +1,8 @@
 """Which workers run a request: filters, then a price for every candidate, then the cheapest.
 
-With a prefill pool at hand a prompt always goes through it; the price picks the pair. Without one the decode worker
-prefills itself. The price of the other way is kept in the decision: every receipt tells what was not chosen and why.
+By default a prompt goes through the prefill pool whenever a usable pair exists, and the price picks the pair; without one
+the decode worker prefills itself. ``Placement.AUTO`` lets the price decide that as well. The best way that was not chosen
+is kept in the decision, so that every receipt tells what it was.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ class Mode(StrEnum):
     REMOTE = "remote"  # prefill worker, then decode worker
     LOCAL = "local"  # the decode worker prefills itself
     COLOCATED = "colocated"  # the worker's role is to do both
+
+
+class Placement(StrEnum):
+    """Who prefills, where both could."""
+
+    REMOTE = "remote"  # the prefill pool
+    LOCAL = "local"  # the decode worker
+    AUTO = "auto"  # whichever is cheaper
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class RoutedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run the request and its price in seconds to the first token."""
+    """One way to run the request and what it costs, in seconds."""
 
     mode: Mode
     decode: WorkerView
@@ -75,10 +84,16 @@ class Candidate:
     prefill_s: float
     transfer_s: float
     decode_wait_s: float
+    interference_s: float = 0.0  # time that it takes from the streams already running on the decode worker, summed
+
+    @property
+    def ttft_s(self) -> float:
+        """Predicted time to first token."""
+        return self.queue_s + self.prefill_s + self.transfer_s + self.decode_wait_s
 
     @property
     def price_s(self) -> float:
-        return self.queue_s + self.prefill_s + self.transfer_s + self.decode_wait_s
+        return self.ttft_s + self.interference_s
 
     @property
     def workers(self) -> tuple[WorkerView, ...]:
@@ -94,7 +109,9 @@ class RoutingDecision:
     reason: str
 
 
-def route(request: RoutedRequest, workers: Sequence[WorkerView]) -> RoutingDecision:
+def route(
+    request: RoutedRequest, workers: Sequence[WorkerView], placement: Placement = Placement.REMOTE
+) -> RoutingDecision:
     """Prices every candidate and picks. Raises BatonError(NO_WORKERS), which is retryable, when none is usable."""
     usable = [worker for worker in workers if worker.incarnation not in request.excluded]
     decoders = [worker for worker in usable if worker.role is not Role.PREFILL]
@@ -109,9 +126,13 @@ def route(request: RoutedRequest, workers: Sequence[WorkerView]) -> RoutingDecis
         for prefiller in prefillers
         if prefiller.compatibility == decoder.compatibility
     ]
-    ranked = sorted(remote, key=lambda c: _rank(request, c)) + sorted(local, key=lambda c: _rank(request, c))
+    first = {Placement.REMOTE: remote, Placement.LOCAL: local, Placement.AUTO: []}[placement]
+    ranked = sorted(first, key=lambda c: _rank(request, c))
+    ranked += sorted((c for c in remote + local if c not in first), key=lambda c: _rank(request, c))
     chosen = ranked[0]
-    return RoutingDecision(chosen, ranked[1] if len(ranked) > 1 else None, _explain(chosen, len(remote), len(local)))
+    return RoutingDecision(
+        chosen, ranked[1] if len(ranked) > 1 else None, _explain(chosen, placement, len(remote), len(local))
+    )
 
 
 def _rank(request: RoutedRequest, candidate: Candidate) -> tuple[float, int]:
@@ -122,14 +143,16 @@ def _rank(request: RoutedRequest, candidate: Candidate) -> tuple[float, int]:
 
 def _price_local(request: RoutedRequest, decoder: WorkerView) -> Candidate:
     mode = Mode.COLOCATED if decoder.role is Role.COLOCATED else Mode.LOCAL
+    prefill_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id))
     return Candidate(
         mode,
         decoder,
         None,
         queue_s=decoder.queued_tokens * decoder.cost.prefill_s_per_token,
-        prefill_s=decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id)),
+        prefill_s=prefill_s,
         transfer_s=0.0,
         decode_wait_s=_seat_wait_s(request, decoder),
+        interference_s=prefill_s * decoder.running,
     )
 
 
@@ -163,12 +186,16 @@ def _seat_wait_s(request: RoutedRequest, decoder: WorkerView) -> float:
     return decoder.cost.decode_step_s * (crowding + 100.0 * (too_many + lacking))
 
 
-def _explain(chosen: Candidate, num_remote: int, num_local: int) -> str:
+def _explain(chosen: Candidate, placement: Placement, num_remote: int, num_local: int) -> str:
     if chosen.mode is Mode.COLOCATED:
         return f"cheapest of {num_local} colocated workers"
-    if chosen.mode is Mode.LOCAL:
+    if chosen.mode is Mode.REMOTE:
+        return f"cheapest of {num_remote} prefill/decode pairs"
+    if not num_remote:
         return f"no usable prefill worker; cheapest of {num_local} decode workers prefills itself"
-    return f"cheapest of {num_remote} prefill/decode pairs"
+    if placement is Placement.LOCAL:
+        return f"placement is local; cheapest of {num_local} decode workers"
+    return f"cheaper than any of {num_remote} prefill/decode pairs"
 
 
 def _explain_none(workers: Sequence[WorkerView], request: RoutedRequest) -> str:

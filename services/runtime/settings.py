@@ -94,6 +94,9 @@ class BusSettings(Settings):
         description="NATS servers, comma-separated. Empty or 'none': do without; name workers by --worker.",
     )
     nats_token_file: Path | None = Field(None, description="File with the token that the NATS server asks for.")
+    block_key_file: Path | None = Field(
+        None, description="File with the secret that keys block names, 16 to 64 bytes; the same for all workers and gateways."
+    )
 
     @field_validator("cluster")
     @classmethod
@@ -119,6 +122,13 @@ class BusSettings(Settings):
     @classmethod
     def _check_token_file(cls, path: Path | None) -> Path | None:
         return _readable(path)
+
+    @field_validator("block_key_file")
+    @classmethod
+    def _check_block_key(cls, path: Path | None) -> Path | None:
+        if _readable(path) is not None and path is not None and not 16 <= path.stat().st_size <= 64:
+            raise ValueError(f"{path} must hold 16 to 64 bytes, it holds {path.stat().st_size}")
+        return path
 
 
 class ModelSettings(Settings):
@@ -167,8 +177,7 @@ class GatewayOptions(Settings):
     max_body_size: Size = Field(ByteSize(16 * _MIB), description="Largest request body.")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds after which a request is given up.")
     placement: Literal["auto", "remote", "local"] = Field(
-        "auto",
-        description="auto: price handing over against prefilling on the decode worker; remote, local: always that.",
+        "remote", description="Who prefills: remote: the prefill pool, where there is one; local: the decode worker; auto: the cheaper."
     )
 
     @field_validator("grpc_port")
@@ -227,9 +236,6 @@ class WorkerSettings(ModelSettings, BusSettings):
     advertise_host: str | None = Field(
         None, min_length=1, description="Host that others reach this worker by. Default: --host."
     )
-    block_key_file: Path | None = Field(
-        None, description="File with the secret that keys block names, 16 to 64 bytes; the same for all workers."
-    )
 
     @field_validator("worker_id")
     @classmethod
@@ -254,13 +260,6 @@ class WorkerSettings(ModelSettings, BusSettings):
         if advertise_host is None and is_wildcard(host):
             raise ValueError(f"needed with --host {host}: peers cannot connect to a wildcard address")
         return advertise_host
-
-    @field_validator("block_key_file")
-    @classmethod
-    def _check_block_key(cls, path: Path | None) -> Path | None:
-        if _readable(path) is not None and path is not None and not 16 <= path.stat().st_size <= 64:
-            raise ValueError(f"{path} must hold 16 to 64 bytes, it holds {path.stat().st_size}")
-        return path
 
     @property
     def public_host(self) -> str:

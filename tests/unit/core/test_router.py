@@ -8,7 +8,7 @@ import pytest
 
 from baton.services.core.cost_model import LinkCost, WorkerCost, visible_transfer_s
 from baton.services.core.errors import BatonError, ErrorCode
-from baton.services.core.router import Mode, Role, RoutedRequest, WorkerView, route
+from baton.services.core.router import Mode, Placement, Role, RoutedRequest, WorkerView, route
 
 
 def worker(worker_id: str, role: Role, **changes: object) -> WorkerView:
@@ -98,10 +98,25 @@ def test_prices_are_sums_of_their_parts() -> None:
     chosen = route(request(num_tokens=100), [slow, D0]).chosen
     assert chosen.queue_s == pytest.approx(1.0)
     assert chosen.prefill_s == pytest.approx(0.1)
-    assert chosen.price_s == pytest.approx(chosen.queue_s + chosen.prefill_s + chosen.transfer_s + chosen.decode_wait_s)
+    assert chosen.ttft_s == pytest.approx(chosen.queue_s + chosen.prefill_s + chosen.transfer_s + chosen.decode_wait_s)
 
 
 def test_only_the_last_chunk_of_a_transfer_is_visible() -> None:
     link = LinkCost(fixed_s=1e-3, bytes_per_s=1e9)
     assert visible_transfer_s(link, 10_000_000, 1_000_000) == pytest.approx(2e-3)
     assert visible_transfer_s(link, 500_000, 1_000_000) == pytest.approx(1.5e-3)
+
+
+def test_placement_local_keeps_the_prompt_on_the_decode_worker() -> None:
+    decision = route(request(), [P0, D0], Placement.LOCAL)
+    assert decision.chosen.mode is Mode.LOCAL
+    assert "placement is local" in decision.reason
+    assert decision.runner_up is not None
+    assert decision.runner_up.mode is Mode.REMOTE
+
+
+def test_placement_auto_weighs_the_handoff_against_the_streams_it_would_disturb() -> None:
+    assert route(request(), [P0, D0], Placement.AUTO).chosen.mode is Mode.LOCAL
+    busy = dataclasses.replace(D0, running=8)
+    assert route(request(), [P0, busy], Placement.AUTO).chosen.mode is Mode.REMOTE
+    assert route(request(cached_blocks={"d0": 40}), [P0, busy], Placement.AUTO).chosen.mode is Mode.LOCAL

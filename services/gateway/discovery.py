@@ -1,0 +1,75 @@
+"""Hears workers on the bus: announcements feed the registry, KV events the prefix index."""
+
+from __future__ import annotations
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.events.v1 import events_pb2
+from baton.services.core.prefix_index import PrefixIndex
+from baton.services.gateway.registry import Registry
+from baton.services.runtime.bus import Bus
+from baton.services.runtime.subjects import Subjects
+
+log = structlog.get_logger(__name__)
+
+
+class Discovery:
+    """Everything that it hears is a hint: a wrong one costs a cache miss or a connection attempt."""
+
+    def __init__(
+        self, bus: Bus, subjects: Subjects, gateway: pb.WorkerIdentity, registry: Registry, prefix_index: PrefixIndex
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._gateway = gateway
+        self._registry = registry
+        self._prefix_index = prefix_index
+        self._asked_for_snapshot: set[str] = set()
+        bus.subscribe(subjects.all_workers, self._on_announcement)
+        bus.subscribe(subjects.all_kv, self._on_kv_events)
+        bus.on_connect(self._on_connect)
+
+    def _on_connect(self) -> None:
+        self._asked_for_snapshot.clear()
+        request = events_pb2.DiscoverRequest(gateway=self._gateway)
+        self._bus.publish(self._subjects.discover, request.SerializeToString())
+
+    def _on_announcement(self, subject: str, payload: bytes) -> None:
+        announcement = events_pb2.WorkerAnnouncement()
+        try:
+            announcement.ParseFromString(payload)
+        except DecodeError:
+            log.warning("ignored an announcement that cannot be read", subject=subject, num_bytes=len(payload))
+            return
+        if subject != self._subjects.worker(announcement.status.identity.worker_id):
+            log.warning("ignored an announcement on another worker's subject", subject=subject)
+            return
+        self._registry.heard(announcement.status, leaving=announcement.leaving)
+
+    def _on_kv_events(self, subject: str, payload: bytes) -> None:
+        events = events_pb2.KVEvents()
+        try:
+            events.ParseFromString(payload)
+        except DecodeError:
+            log.warning("ignored KV events that cannot be read", subject=subject, num_bytes=len(payload))
+            return
+        worker_id = events.identity.worker_id
+        known = self._registry.get(worker_id)
+        if known is None or known.link.incarnation != events.identity.incarnation:
+            return  # nobody of ours, or no longer
+        is_gapless = self._prefix_index.apply(
+            worker_id,
+            events.identity.incarnation,
+            events.sequence,
+            events.stored,
+            events.removed,
+            snapshot=events.snapshot,
+        )
+        if is_gapless:
+            self._asked_for_snapshot.discard(worker_id)
+        elif worker_id not in self._asked_for_snapshot:
+            self._asked_for_snapshot.add(worker_id)
+            request = events_pb2.KVSnapshotRequest(gateway=self._gateway)
+            self._bus.publish(self._subjects.kv_snapshot(worker_id), request.SerializeToString())

@@ -1,0 +1,266 @@
+"""One request's path: route, start both workers, stream tokens in order, try again elsewhere, end exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.decode.v1 import decode_pb2
+from baton.api.prefill.v1 import prefill_pb2
+from baton.services.core.block_hash import BlockNamer
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.lifecycle import Instant
+from baton.services.core.prefix_index import PrefixIndex
+from baton.services.core.request import FinishReason
+from baton.services.core.router import Candidate, Mode, Placement, RoutedRequest, RoutingDecision, WorkerView, route
+from baton.services.gateway.generation import GenerationRequest, TokenDelta
+from baton.services.gateway.receipts import Attempt, GenerationRecord, ReceiptBook
+from baton.services.gateway.registry import KnownWorker, Registry
+from baton.services.gateway.token_order import TokenOrder
+from baton.services.gateway.worker_link import Arrival, WorkerLink
+from baton.services.runtime import convert
+
+log = structlog.get_logger(__name__)
+
+# The ladder of a request: another pair, then the decode worker alone. Two workers lost to one request are enough.
+MAX_ATTEMPTS = 4
+
+
+class AttemptFailed(Exception):
+    """An attempt ended without an answer. ``blamed`` is the incarnation that the next attempt avoids."""
+
+    def __init__(self, error: BatonError, blamed: str | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.blamed = blamed
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one generation has so far."""
+
+    request: GenerationRequest
+    record: GenerationRecord
+    deadline_s: float | None
+    block_names: list[bytes]
+    tokens: list[int] = field(default_factory=list)
+    excluded: set[str] = field(default_factory=set)
+
+    @property
+    def spec_tokens(self) -> list[int]:
+        return self.request.prompt_token_ids + self.tokens
+
+
+class WorkerDispatcher:
+    """The Dispatcher of production: workers found by the registry, pairs chosen by the router."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        prefix_index: PrefixIndex,
+        namer: BlockNamer,
+        receipts: ReceiptBook,
+        *,
+        clock: Callable[[], float],
+        placement: Placement = Placement.REMOTE,
+    ) -> None:
+        self._placement = placement
+        self._registry = registry
+        self._prefix_index = prefix_index
+        self._namer = namer
+        self._receipts = receipts
+        self._clock = clock
+        self._records: dict[str, GenerationRecord] = {}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._records)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        """See Dispatcher. Tokens have gap-free indices from 0, whatever workers they came from."""
+        record = self._receipts.open(request)
+        self._records[request.request_id] = record
+        outcome = "abort"  # unless something below says otherwise: the caller closed us
+        try:
+            async with aclosing(self._attempts(request, record)) as deltas:
+                async for delta in deltas:
+                    if delta.finish_reason is not None:
+                        outcome = delta.finish_reason.value
+                        self._end(record, outcome)
+                    yield delta
+        except BatonError as error:
+            outcome = "refused" if error.code in (ErrorCode.NO_WORKERS, ErrorCode.OVERLOADED) else "error"
+            raise
+        finally:
+            self._records.pop(request.request_id, None)
+            self._end(record, outcome)
+
+    def finish(self, request: GenerationRequest, reason: str) -> None:
+        """The API layer ends the request itself, at a stop string: that is its outcome, not the cancellation after it."""
+        record = self._records.get(request.request_id)
+        if record is not None:
+            self._end(record, reason)
+
+    def _end(self, record: GenerationRecord, outcome: str) -> None:
+        record.trace.mark(Instant.ENDED, self._clock())
+        self._receipts.end(record, outcome)
+
+    async def _attempts(self, request: GenerationRequest, record: GenerationRecord) -> AsyncGenerator[TokenDelta, None]:
+        deadline_s = None if request.timeout_s is None else self._clock() + request.timeout_s
+        block_size = self._block_size()
+        names = self._namer.names(request.prompt_token_ids, block_size, request.cache_salt) if block_size else []
+        run = _Run(request, record, deadline_s, names)
+        while True:
+            attempt = Attempt(len(record.attempts) + 1, self._route(run))
+            record.attempts.append(attempt)
+            try:
+                async with aclosing(self._attempt(run, attempt)) as deltas:
+                    async for delta in deltas:
+                        run.tokens.extend(token.token_id for token in delta.tokens)
+                        record.completion_tokens = len(run.tokens)
+                        yield delta
+                attempt.outcome = "done"
+                return
+            except AttemptFailed as failure:
+                attempt.outcome = failure.error.code.value
+                if failure.blamed is not None:
+                    run.excluded.add(failure.blamed)
+                if not failure.error.retryable or attempt.number >= MAX_ATTEMPTS:
+                    raise failure.error from failure
+                record.fallbacks.append(failure.error.code.value)
+                log.warning(
+                    "attempt failed, trying again",
+                    request_id=request.request_id,
+                    attempt=attempt.number,
+                    code=failure.error.code.value,
+                    cause=failure.error.message,
+                )
+
+    def _route(self, run: _Run) -> RoutingDecision:
+        routed = RoutedRequest(
+            request_id=run.request.request_id,
+            num_tokens=len(run.spec_tokens),
+            block_size=self._block_size() or 16,
+            block_bytes=self._block_bytes(),
+            cached_blocks=self._prefix_index.matches(run.block_names),
+            excluded=run.excluded,
+        )
+        decision = route(routed, self._registry.views(), self._placement)
+        run.request.trace.mark(Instant.ROUTED, self._clock())
+        return decision
+
+    async def _attempt(self, run: _Run, attempt: Attempt) -> AsyncGenerator[TokenDelta, None]:
+        """Runs one attempt. However it ends, both workers are told and their requests released."""
+        chosen = attempt.decision.chosen
+        key = (run.request.request_id, attempt.number)
+        arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+        decode = self._link(chosen.decode)
+        prefill = self._link(chosen.prefill) if chosen.prefill is not None else None
+        sent_s = self._clock()
+        is_ended = False
+        try:
+            self._start(run, attempt.number, chosen, prefill, decode, arrivals)
+            order = TokenOrder(next_index=len(run.tokens))
+            while not is_ended:
+                arrival = await self._next(run, arrivals)
+                if arrival.failure is not None:
+                    raise AttemptFailed(arrival.failure, arrival.link.incarnation)
+                output = arrival.output
+                assert output is not None
+                self._note(run, output, sent_s, chosen.mode)
+                if output.finish_reason == pb.FINISH_REASON_ERROR:
+                    raise AttemptFailed(convert.error_from_wire(output.error), arrival.link.incarnation)
+                if output.finish_reason or output.handed_over:
+                    arrival.link.release(key, cancel=False)  # that worker is done with it
+                for delta in order.push(output):
+                    if delta.tokens:
+                        run.request.trace.mark(Instant.FIRST_TOKEN, self._clock())
+                    is_ended = delta.finish_reason is not None
+                    if delta.finish_reason is FinishReason.ABORT:
+                        error = BatonError(ErrorCode.WORKER_LOST, "the worker gave the request up", retryable=True)
+                        raise AttemptFailed(error, arrival.link.incarnation)
+                    yield delta
+        finally:
+            for link in (decode, prefill):
+                if link is not None:
+                    link.release(key, cancel=True)
+
+    def _start(
+        self,
+        run: _Run,
+        number: int,
+        chosen: Candidate,
+        prefill: WorkerLink | None,
+        decode: WorkerLink,
+        arrivals: asyncio.Queue[Arrival],
+    ) -> None:
+        request = run.request
+        remaining_s = None if run.deadline_s is None else run.deadline_s - self._clock()
+        spec = pb.GenerationSpec(
+            request_id=request.request_id,
+            attempt=number,
+            token_ids=run.spec_tokens,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            sampling=convert.sampling_to_wire(request.sampling),
+            cache_salt=request.cache_salt,
+            deadline_ms=0 if remaining_s is None else max(1, int(remaining_s * 1e3)),
+        )
+        if prefill is None:
+            decode.start(decode_pb2.Start(spec=spec), arrivals)
+            return
+        # The decode worker first: it then knows of the handoff when the prefill worker asks it for slots.
+        decode.start(decode_pb2.Start(spec=spec, prefill=prefill.identity), arrivals)
+        prefill.start(
+            prefill_pb2.Start(spec=spec, decode=decode.identity, decode_address=chosen.decode.address), arrivals
+        )
+
+    async def _next(self, run: _Run, arrivals: asyncio.Queue[Arrival]) -> Arrival:
+        if run.deadline_s is None:
+            return await arrivals.get()
+        try:
+            async with asyncio.timeout(run.deadline_s - self._clock()):
+                return await arrivals.get()
+        except TimeoutError:
+            error = BatonError(ErrorCode.DEADLINE_EXCEEDED, f"the request's time, {run.request.timeout_s:g} s, is over")
+            raise AttemptFailed(error, None) from None
+
+    def _note(self, run: _Run, output: pb.RequestOutput, sent_s: float, mode: Mode) -> None:
+        """Takes the workers' own measurements into trace and receipt."""
+        trace, record = run.request.trace, run.record
+        if output.HasField("prefill"):
+            start_s = sent_s + output.prefill.queue_ms / 1e3
+            trace.mark(Instant.PREFILL_START, start_s)
+            trace.mark(Instant.PREFILL_END, start_s + output.prefill.prefill_ms / 1e3)
+            if len(record.attempts) == 1:
+                record.cached_tokens = output.prefill.cached_tokens
+        if output.HasField("transfer"):
+            record.transfer = output.transfer
+            trace.mark(Instant.TRANSFER_END, self._clock())
+
+    def _link(self, view: WorkerView) -> WorkerLink:
+        known = self._registry.get(view.worker_id)
+        if known is None or known.link.incarnation != view.incarnation:
+            error = BatonError(ErrorCode.WORKER_LOST, f"worker {view.worker_id} has just gone", retryable=True)
+            raise AttemptFailed(error, view.incarnation)
+        return known.link
+
+    def _any_worker(self) -> KnownWorker | None:
+        return next(iter(self._registry), None)
+
+    def _block_size(self) -> int:
+        """Block size of the workers; 0 while none is known. All workers of a gateway agree on it: others never pair."""
+        known = self._any_worker()
+        return known.status.compatibility.layout.block_size if known else 0
+
+    def _block_bytes(self) -> int:
+        known = self._any_worker()
+        if known is None:
+            return 0
+        layout = known.status.compatibility.layout
+        element_bytes = 4 if layout.dtype == "float32" else 2
+        return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.block_size * element_bytes

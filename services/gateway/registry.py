@@ -1,0 +1,221 @@
+"""The workers that the gateway knows, its link to each, and what each said last.
+
+Announcements come over the bus; static addresses are asked over gRPC. Losing the bus freezes what is known: a worker is
+dropped when its link is gone and it cannot be reached again, never because nobody talks about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
+from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from baton.services.core.cost_model import DEFAULT_DECODE_STEP_S, DEFAULT_PREFILL_S_PER_TOKEN, WorkerCost
+from baton.services.core.router import Role, WorkerView
+from baton.services.gateway.worker_link import WorkerLink
+from baton.services.runtime.convert import STATE_NAMES, role_from_wire
+from baton.services.runtime.grpc import create_channel
+
+log = structlog.get_logger(__name__)
+
+RECONNECT_FIRST_S = 0.1
+RECONNECT_LAST_S = 2.0
+# A worker that neither answers nor is announced for this long is gone. Kubernetes gives a restarted pod another address.
+FORGET_AFTER_S = 15.0
+
+
+@dataclass(slots=True, eq=False)
+class KnownWorker:
+    """A worker, its link and its last report."""
+
+    status: pb.WorkerStatus
+    link: WorkerLink
+    heard_s: float
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        return self.link.is_connected and self.status.state == pb.WORKER_STATE_READY
+
+
+class Registry:
+    """Keeps one link per worker incarnation alive."""
+
+    def __init__(
+        self,
+        gateway: pb.WorkerIdentity,
+        *,
+        clock: Callable[[], float],
+        on_forget: Callable[[str], None] = lambda worker_id: None,
+    ) -> None:
+        self._gateway = gateway
+        self._clock = clock
+        self._on_forget = on_forget
+        self._workers: dict[str, KnownWorker] = {}
+
+    def __iter__(self) -> Iterator[KnownWorker]:
+        return iter(self._workers.values())
+
+    def get(self, worker_id: str) -> KnownWorker | None:
+        return self._workers.get(worker_id)
+
+    def heard(self, status: pb.WorkerStatus, *, leaving: bool = False) -> None:
+        """Takes in what a worker says of itself. Another incarnation replaces the one before at once."""
+        role = role_from_wire(status.role)
+        worker_id = status.identity.worker_id
+        if role is None or not worker_id or not status.identity.incarnation or not status.address:
+            log.warning("ignored a worker's report that lacks identity, role or address", worker_id=worker_id)
+            return
+        known = self._workers.get(worker_id)
+        if known is not None and known.link.incarnation != status.identity.incarnation:
+            self._drop(known)
+            known = None
+        if leaving:
+            if known is not None:
+                known.status.state = pb.WORKER_STATE_DRAINING
+            return
+        if known is None:
+            link = WorkerLink(worker_id, status.identity.incarnation, role, status.address, self._gateway)
+            known = self._workers[worker_id] = KnownWorker(status, link, self._clock())
+            known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
+            log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
+        known.status, known.heard_s = status, self._clock()
+
+    def views(self) -> list[WorkerView]:
+        """The usable workers as the router sees them."""
+        return [_view(known) for known in self._workers.values() if known.is_usable]
+
+    def describe(self) -> list[dict[str, object]]:
+        """``GET /v1/workers``."""
+        return [_describe(known) for known in sorted(self._workers.values(), key=lambda known: known.link.worker_id)]
+
+    async def watch_static(self, address: str, every_s: float = 1.0) -> None:
+        """Asks the worker at ``address`` about itself, for set-ups without a bus. Runs until cancelled."""
+        async with create_channel(address) as channel:
+            while True:
+                try:
+                    self.heard(await _ask_status(channel))
+                except grpc.aio.AioRpcError as error:
+                    log.debug("static worker does not answer", address=address, code=error.code().name)
+                await asyncio.sleep(every_s)
+
+    async def close(self) -> None:
+        for known in list(self._workers.values()):
+            self._drop(known)
+
+    async def _keep_linked(self, known: KnownWorker) -> None:
+        backoff_s = RECONNECT_FIRST_S
+        lost_s: float | None = None
+        while True:
+            started_s = self._clock()
+            await known.link.run()
+            now_s = self._clock()
+            if now_s - started_s > RECONNECT_LAST_S:
+                backoff_s, lost_s = RECONNECT_FIRST_S, None
+            lost_s = now_s if lost_s is None else lost_s
+            if now_s - max(lost_s, known.heard_s) > FORGET_AFTER_S or known.status.state == pb.WORKER_STATE_DRAINING:
+                self._drop(known)
+                return
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, RECONNECT_LAST_S)
+
+    def _drop(self, known: KnownWorker) -> None:
+        worker_id = known.link.worker_id
+        if self._workers.get(worker_id) is known:
+            del self._workers[worker_id]
+            self._on_forget(worker_id)
+            log.info("worker forgotten", worker_id=worker_id, incarnation=known.link.incarnation)
+        if known.task is not None and known.task is not asyncio.current_task():
+            known.task.cancel()
+
+
+async def _ask_status(channel: grpc.aio.Channel) -> pb.WorkerStatus:
+    """A worker of either kind, asked about itself."""
+    try:
+        decode = decode_pb2_grpc.DecodeServiceStub(channel)
+        return (await decode.GetStatus(decode_pb2.GetStatusRequest(), timeout=5.0)).status
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+            raise
+        prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
+        return (await prefill.GetStatus(prefill_pb2.GetStatusRequest(), timeout=5.0)).status
+
+
+def _view(known: KnownWorker) -> WorkerView:
+    status, link = known.status, known.link
+    blocks = status.kv_blocks
+    is_prefill = link.role is Role.PREFILL
+    cost = WorkerCost(
+        prefill_s_per_token=status.prefill_s_per_token or DEFAULT_PREFILL_S_PER_TOKEN,
+        decode_step_s=status.decode_step_s or DEFAULT_DECODE_STEP_S,
+    )
+    return WorkerView(
+        worker_id=link.worker_id,
+        incarnation=link.incarnation,
+        role=link.role,
+        address=link.address,
+        compatibility=compatibility_key(status.compatibility),
+        host_id=status.host_id,
+        # The report is up to a second old; what this gateway has sent since is counted here. The larger one is nearer.
+        queued_tokens=max(status.queued_tokens, link.num_inflight_tokens if is_prefill else 0),
+        running=max(status.running + status.queued, link.num_inflight),
+        max_num_seqs=status.max_num_seqs or 1,
+        available_blocks=blocks.free + blocks.cached,
+        max_num_batched_tokens=status.max_num_batched_tokens or 1,
+        cost=cost,
+    )
+
+
+def compatibility_key(compatibility: pb.Compatibility) -> str:
+    """Workers with equal keys may exchange blocks."""
+    layout = compatibility.layout
+    return "/".join(
+        str(part)
+        for part in (
+            compatibility.model_fingerprint,
+            compatibility.protocol_version,
+            layout.num_layers,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.block_size,
+            layout.dtype,
+            layout.order,
+        )
+    )
+
+
+def _describe(known: KnownWorker) -> dict[str, object]:
+    status, blocks = known.status, known.status.kv_blocks
+    return {
+        "id": known.link.worker_id,
+        "role": known.link.role.value,
+        "incarnation": known.link.incarnation,
+        "pid": status.pid,
+        "state": STATE_NAMES.get(status.state, "unknown") if known.link.is_connected else "unreachable",
+        "address": known.link.address,
+        "model": status.model,
+        "queued": status.queued,
+        "running": status.running,
+        "kv_blocks": {
+            "total": blocks.total,
+            "free": blocks.free,
+            "cached": blocks.cached,
+            "request": blocks.request,
+            "transfer": blocks.transfer,
+            "quarantine": blocks.quarantine,
+        },
+        "overdue": status.overdue,
+        "ledger_error": status.ledger_error,
+        "fenced_total": status.fenced_total,
+        "preemptions_total": status.preemptions_total,
+        "fingerprint": status.compatibility.model_fingerprint,
+        "kv_dtype": status.compatibility.layout.dtype,
+        "block_size": status.compatibility.layout.block_size,
+        "max_model_len": status.max_model_len,
+    }

@@ -1,0 +1,141 @@
+"""The gateway's one stream to one worker: commands of all requests go up, one message per engine step comes down."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
+from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.router import Role
+from baton.services.runtime.grpc import create_channel
+
+log = structlog.get_logger(__name__)
+
+Key: TypeAlias = tuple[str, int]  # request id, attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What a worker said about one request: an output, or the failure that ended its part."""
+
+    link: WorkerLink
+    output: pb.RequestOutput | None = None
+    failure: BatonError | None = None
+
+
+@dataclass(slots=True)
+class _Open:
+    arrivals: asyncio.Queue[Arrival]
+    num_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class WorkerLink:
+    """Use ``run`` as a task; it returns when the stream is over. Then every open request gets a retryable failure, once."""
+
+    worker_id: str
+    incarnation: str
+    role: Role
+    address: str
+    gateway: pb.WorkerIdentity
+    is_connected: bool = False
+    _open: dict[Key, _Open] = field(default_factory=dict)
+    _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+
+    @property
+    def identity(self) -> pb.WorkerIdentity:
+        return pb.WorkerIdentity(worker_id=self.worker_id, incarnation=self.incarnation)
+
+    @property
+    def num_inflight(self) -> int:
+        """Requests of this gateway on that worker."""
+        return len(self._open)
+
+    @property
+    def num_inflight_tokens(self) -> int:
+        """Their prompt tokens: load that the worker's last report may not know about yet."""
+        return sum(request.num_tokens for request in self._open.values())
+
+    async def run(self) -> None:
+        """Holds the stream until it breaks or the task is cancelled."""
+        reason = "connection closed"
+        async with create_channel(self.address) as channel:
+            if self.role is Role.PREFILL:
+                call = prefill_pb2_grpc.PrefillServiceStub(channel).Open()
+                hello = prefill_pb2.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
+                await call.write(prefill_pb2.OpenRequest(hello=hello))
+            else:
+                call = decode_pb2_grpc.DecodeServiceStub(channel).Open()
+                hello = decode_pb2.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
+                await call.write(decode_pb2.OpenRequest(hello=hello))
+            writer = asyncio.create_task(self._write(call))
+            try:
+                await call.initial_metadata()  # the worker has accepted the hello
+                self.is_connected = True
+                async for response in call:
+                    for output in response.step.outputs:
+                        self._deliver(output)
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name.lower()}: {error.details() or 'no details'}"
+            finally:
+                self.is_connected = False
+                writer.cancel()
+                call.cancel()
+                self._fail_all(reason)
+
+    def start(self, request: decode_pb2.Start | prefill_pb2.Start, arrivals: asyncio.Queue[Arrival]) -> None:
+        """Sends a request to the worker; what it says about it goes to ``arrivals`` until ``release``."""
+        spec = request.spec
+        key = (spec.request_id, spec.attempt)
+        self._open[key] = _Open(arrivals, len(spec.token_ids))
+        if not self.is_connected:
+            self._fail(key, "not connected")
+        elif isinstance(request, prefill_pb2.Start):
+            self._commands.put_nowait(prefill_pb2.OpenRequest(start=request))
+        else:
+            self._commands.put_nowait(decode_pb2.OpenRequest(start=request))
+
+    def release(self, key: Key, *, cancel: bool) -> None:
+        """Forgets a request; with ``cancel`` the worker is told to give it up. Idempotent."""
+        if self._open.pop(key, None) is None or not cancel:
+            return
+        request_id, attempt = key
+        if self.role is Role.PREFILL:
+            command = prefill_pb2.Cancel(request_id=request_id, attempt=attempt)
+            self._commands.put_nowait(prefill_pb2.OpenRequest(cancel=command))
+        else:
+            self._commands.put_nowait(
+                decode_pb2.OpenRequest(cancel=decode_pb2.Cancel(request_id=request_id, attempt=attempt))
+            )
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            command = await self._commands.get()
+            try:
+                await call.write(command)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the reading side sees the same end and reports it
+
+    def _deliver(self, output: pb.RequestOutput) -> None:
+        request = self._open.get((output.request_id, output.attempt))
+        if request is not None:
+            request.arrivals.put_nowait(Arrival(self, output=output))
+
+    def _fail_all(self, reason: str) -> None:
+        for key in list(self._open):
+            self._fail(key, reason)
+        while not self._commands.empty():
+            self._commands.get_nowait()
+
+    def _fail(self, key: Key, reason: str) -> None:
+        request = self._open.pop(key)
+        message = f"worker {self.worker_id} was lost ({reason})"
+        failure = BatonError(ErrorCode.WORKER_LOST, message, retryable=True)
+        request.arrivals.put_nowait(Arrival(self, failure=failure))

@@ -1,0 +1,154 @@
+"""Core types <-> wire messages. The one place where both are known."""
+
+from __future__ import annotations
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenLogprobs
+from baton.services.core.router import Role
+
+_FINISH_TO_WIRE = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+_FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
+
+_ROLE_TO_WIRE = {
+    Role.PREFILL: pb.WORKER_ROLE_PREFILL,
+    Role.DECODE: pb.WORKER_ROLE_DECODE,
+    Role.COLOCATED: pb.WORKER_ROLE_COLOCATED,
+}
+_ROLE_FROM_WIRE = {wire: role for role, wire in _ROLE_TO_WIRE.items()}
+
+STATE_NAMES = {
+    pb.WORKER_STATE_UNSPECIFIED: "unknown",
+    pb.WORKER_STATE_STARTING: "starting",
+    pb.WORKER_STATE_READY: "ready",
+    pb.WORKER_STATE_DRAINING: "draining",
+}
+
+
+def finish_reason_to_wire(reason: FinishReason | None) -> pb.FinishReason:
+    return pb.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_TO_WIRE[reason]
+
+
+def finish_reason_from_wire(wire: pb.FinishReason) -> FinishReason | None:
+    return _FINISH_FROM_WIRE.get(wire)
+
+
+def role_to_wire(role: Role) -> pb.WorkerRole:
+    return _ROLE_TO_WIRE[role]
+
+
+def role_from_wire(wire: pb.WorkerRole) -> Role | None:
+    """None for a role that this version does not know: such a worker is not used."""
+    return _ROLE_FROM_WIRE.get(wire)
+
+
+def sampling_to_wire(params: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=dict(params.logit_bias),
+        seed=params.seed,
+        stop_token_ids=sorted(params.stop_token_ids),
+        eos_token_ids=sorted(params.eos_token_ids),
+        ignore_eos=params.ignore_eos,
+        min_tokens=params.min_tokens,
+        num_logprobs=params.num_logprobs,
+        num_prompt_logprobs=params.num_prompt_logprobs,
+    )
+
+
+def sampling_from_wire(wire: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=wire.max_tokens,
+        temperature=wire.temperature,
+        top_k=wire.top_k,
+        top_p=wire.top_p,
+        min_p=wire.min_p,
+        presence_penalty=wire.presence_penalty,
+        frequency_penalty=wire.frequency_penalty,
+        repetition_penalty=wire.repetition_penalty,
+        logit_bias=tuple(sorted(wire.logit_bias.items())),
+        seed=wire.seed,
+        stop_token_ids=frozenset(wire.stop_token_ids),
+        eos_token_ids=frozenset(wire.eos_token_ids),
+        ignore_eos=wire.ignore_eos,
+        min_tokens=wire.min_tokens,
+        num_logprobs=wire.num_logprobs if wire.HasField("num_logprobs") else None,
+        num_prompt_logprobs=wire.num_prompt_logprobs if wire.HasField("num_prompt_logprobs") else None,
+    )
+
+
+def request_from_wire(spec: pb.GenerationSpec, now_s: float, vocab_size: int) -> Request:
+    """The scheduler's request. Raises BatonError(INVALID_REQUEST) for what no gateway of ours sends."""
+    _check(bool(spec.request_id) and len(spec.request_id) <= 160, "request_id", "1 to 160 characters")
+    _check(spec.attempt >= 1, "attempt", "at least 1")
+    _check(1 <= spec.num_prompt_tokens <= len(spec.token_ids), "num_prompt_tokens", "1 to the number of token_ids")
+    _check(max(spec.token_ids) < vocab_size, "token_ids", f"each below the vocabulary size, {vocab_size}")
+    sampling = sampling_from_wire(spec.sampling)
+    _check(sampling.max_tokens >= 1, "sampling.max_tokens", "at least 1")
+    _check(sampling.temperature >= 0.0, "sampling.temperature", "at least 0")
+    _check(0.0 < sampling.top_p <= 1.0, "sampling.top_p", "above 0, at most 1")
+    _check(0.0 <= sampling.min_p <= 1.0, "sampling.min_p", "0 to 1")
+    _check(sampling.repetition_penalty > 0.0, "sampling.repetition_penalty", "above 0")
+    _check(all(0 <= token < vocab_size for token, _ in sampling.logit_bias), "sampling.logit_bias", "known token ids")
+    return Request(
+        request_id=spec.request_id,
+        attempt=spec.attempt,
+        token_ids=list(spec.token_ids),
+        num_prompt_tokens=spec.num_prompt_tokens,
+        sampling=sampling,
+        cache_salt=spec.cache_salt,
+        arrival_s=now_s,
+        deadline_s=now_s + spec.deadline_ms / 1e3 if spec.deadline_ms else None,
+    )
+
+
+def _check(holds: bool, field: str, expected: str) -> None:
+    if not holds:
+        raise BatonError(ErrorCode.INVALID_REQUEST, f"{field} must be {expected}", param=field)
+
+
+def token_to_wire(token: SampledToken) -> pb.Token:
+    return logprobs_to_wire(token.token_id, token.logprobs)
+
+
+def logprobs_to_wire(token_id: int, logprobs: TokenLogprobs | None) -> pb.Token:
+    if logprobs is None:
+        return pb.Token(token_id=token_id)
+    top = [pb.Logprob(token_id=other, logprob=logprob) for other, logprob in logprobs.top]
+    return pb.Token(token_id=token_id, logprob=logprobs.logprob, top_logprobs=top)
+
+
+def token_from_wire(wire: pb.Token) -> SampledToken:
+    return SampledToken(wire.token_id, logprobs_from_wire(wire))
+
+
+def logprobs_from_wire(wire: pb.Token) -> TokenLogprobs | None:
+    if not wire.HasField("logprob"):
+        return None
+    return TokenLogprobs(wire.logprob, tuple((top.token_id, top.logprob) for top in wire.top_logprobs))
+
+
+def error_to_wire(error: BatonError) -> pb.ErrorDetail:
+    return pb.ErrorDetail(
+        code=error.code.value, message=error.message, param=error.param or "", retryable=error.retryable
+    )
+
+
+def error_from_wire(wire: pb.ErrorDetail) -> BatonError:
+    try:
+        code = ErrorCode(wire.code)
+    except ValueError:  # a newer worker's code
+        code = ErrorCode.INTERNAL
+    return BatonError(code, wire.message, param=wire.param or None, retryable=wire.retryable)

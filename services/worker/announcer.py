@@ -1,0 +1,87 @@
+"""Tells the bus who this worker is and which blocks it holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.events.v1 import events_pb2
+from baton.services.runtime.bus import Bus
+from baton.services.runtime.subjects import Subjects
+
+ANNOUNCE_EVERY_S = 1.0
+# 16-byte names; well below NATS's usual payload limit of 1 MiB.
+MAX_NAMES_PER_MESSAGE = 16_384
+
+
+class Announcer:
+    """Publishes announcements and KV events. All of it may be lost; sequence numbers let listeners notice."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        identity: pb.WorkerIdentity,
+        *,
+        status: Callable[[], pb.WorkerStatus],
+        block_names: Callable[[], asyncio.Future[Sequence[bytes]]],
+    ) -> None:
+        """``block_names`` collects the names of all blocks that the pool could reuse now, for a snapshot."""
+        self._bus = bus
+        self._subjects = subjects
+        self._identity = identity
+        self._status = status
+        self._block_names = block_names
+        self._sequence = 0
+        self._kv_sequence = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        bus.subscribe(subjects.discover, lambda subject, payload: self.announce())
+        bus.subscribe(subjects.kv_snapshot(identity.worker_id), lambda subject, payload: self._start_snapshot())
+        bus.on_connect(self._introduce)
+
+    @property
+    def kv_sequence(self) -> int:
+        return self._kv_sequence
+
+    async def run(self) -> None:
+        """Announces once a second until cancelled."""
+        while True:
+            self.announce()
+            await asyncio.sleep(ANNOUNCE_EVERY_S)
+
+    def announce(self, *, leaving: bool = False) -> None:
+        self._sequence += 1
+        announcement = events_pb2.WorkerAnnouncement(status=self._status(), sequence=self._sequence, leaving=leaving)
+        self._bus.publish(self._subjects.worker(self._identity.worker_id), announcement.SerializeToString())
+
+    def blocks_changed(self, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        """The pool gained and lost these names since the last call."""
+        while stored or removed:
+            self._publish_kv(stored[:MAX_NAMES_PER_MESSAGE], removed[:MAX_NAMES_PER_MESSAGE])
+            stored, removed = stored[MAX_NAMES_PER_MESSAGE:], removed[MAX_NAMES_PER_MESSAGE:]
+
+    def _introduce(self) -> None:
+        self.announce()
+        self._start_snapshot()
+
+    def _start_snapshot(self) -> None:
+        task = asyncio.ensure_future(self._publish_snapshot())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _publish_snapshot(self) -> None:
+        names = await self._block_names()
+        self._publish_kv(names[:MAX_NAMES_PER_MESSAGE], (), snapshot=True)
+        self.blocks_changed(names[MAX_NAMES_PER_MESSAGE:], ())
+
+    def _publish_kv(self, stored: Sequence[bytes], removed: Sequence[bytes], *, snapshot: bool = False) -> None:
+        self._kv_sequence += 1
+        events = events_pb2.KVEvents(
+            identity=self._identity,
+            sequence=self._kv_sequence,
+            stored=stored,
+            removed=removed,
+            snapshot=snapshot,
+        )
+        self._bus.publish(self._subjects.kv(self._identity.worker_id), events.SerializeToString())

@@ -1,0 +1,119 @@
+"""One gateway's stream to this worker: its commands come in, one message per engine step goes out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.errors import BatonError, ErrorCode
+
+log = structlog.get_logger(__name__)
+
+
+class Session:
+    """What the worker owes to one gateway. Everything it started is cancelled when its stream ends."""
+
+    def __init__(self, gateway: pb.WorkerIdentity) -> None:
+        self.gateway = gateway
+        self._outbox: asyncio.Queue[list[pb.RequestOutput]] = asyncio.Queue()
+
+    def send(self, outputs: list[pb.RequestOutput]) -> None:
+        """The outputs of one step. They leave as one message, together with what an earlier step left behind."""
+        self._outbox.put_nowait(outputs)
+
+    async def next_step(self) -> pb.StepOutputs:
+        """Waits for the next message to send."""
+        outputs = await self._outbox.get()
+        while not self._outbox.empty():
+            outputs = _joined(outputs, self._outbox.get_nowait())
+        return pb.StepOutputs(outputs=outputs)
+
+
+def _joined(earlier: list[pb.RequestOutput], later: list[pb.RequestOutput]) -> list[pb.RequestOutput]:
+    """Several steps in one message: a slow reader costs it fewer messages, not more."""
+    by_request = {(output.request_id, output.attempt): output for output in earlier}
+    for output in later:
+        first = by_request.get((output.request_id, output.attempt))
+        if first is None:
+            by_request[output.request_id, output.attempt] = output
+        else:
+            first_index = first.first_index if first.tokens else output.first_index
+            first.MergeFrom(output)  # appends tokens, takes over what only the later one says
+            first.first_index = first_index
+    return list(by_request.values())
+
+
+class StreamHost(Protocol):
+    """What the stream needs from the worker."""
+
+    @property
+    def incarnation(self) -> str: ...
+
+    def open_session(self, gateway: pb.WorkerIdentity) -> Session: ...
+
+    def close_session(self, session: Session) -> None: ...
+
+    def cancel(self, session: Session, request_id: str, attempt: int) -> None: ...
+
+
+async def serve_stream(
+    host: StreamHost,
+    commands: AsyncIterator[Any],
+    context: grpc.aio.ServicerContext[Any, Any],
+    *,
+    start: Callable[[Session, Any], None],
+    response: Callable[[pb.StepOutputs], Any],
+) -> None:
+    """Serves one Open call of the prefill or the decode service until the gateway ends it.
+
+    ``start`` takes a Start command; ``response`` wraps a step's outputs in the service's own message.
+    """
+    first = await anext(commands, None)
+    if first is None or first.WhichOneof("command") != "hello":
+        raise BatonError(ErrorCode.INVALID_REQUEST, "the first message of a stream must be hello", param="hello")
+    if first.hello.worker_incarnation not in ("", host.incarnation):
+        raise BatonError(
+            ErrorCode.STALE_INCARNATION,
+            f"this worker is incarnation {host.incarnation}, not {first.hello.worker_incarnation}",
+            retryable=True,
+        )
+    await context.send_initial_metadata(())
+    session = host.open_session(first.hello.gateway)
+    log.info("gateway connected", gateway=session.gateway.worker_id)
+    sender = asyncio.create_task(_send(session, context, response))
+    reader = asyncio.create_task(_read(host, session, commands, start))
+    try:
+        # Either side's end is the stream's end; an error of either is the stream's error.
+        done, _ = await asyncio.wait((sender, reader), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        sender.cancel()
+        reader.cancel()
+        host.close_session(session)
+        log.info("gateway disconnected", gateway=session.gateway.worker_id)
+
+
+async def _send(
+    session: Session, context: grpc.aio.ServicerContext[Any, Any], response: Callable[[pb.StepOutputs], Any]
+) -> None:
+    while True:
+        await context.write(response(await session.next_step()))
+
+
+async def _read(
+    host: StreamHost, session: Session, commands: AsyncIterator[Any], start: Callable[[Session, Any], None]
+) -> None:
+    async for message in commands:
+        match message.WhichOneof("command"):
+            case "start":
+                start(session, message.start)
+            case "cancel":
+                host.cancel(session, message.cancel.request_id, message.cancel.attempt)
+            case other:
+                raise BatonError(ErrorCode.INVALID_REQUEST, f"unexpected {other} in the middle of a stream")

@@ -1,0 +1,207 @@
+"""The step thread: it alone owns the scheduler, the block pool and the engine, and never waits for a socket.
+
+It meets the event loop in two queues: calls come in and run between steps; events go out through one callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import structlog
+
+from baton.services.core.request import Request
+from baton.services.core.scheduler.base import RequestUpdate, ScheduledRequest, SchedulerOutput, StepResult
+
+log = structlog.get_logger(__name__)
+
+SchedulerT = TypeVar("SchedulerT", bound="StepScheduler")
+Result = TypeVar("Result")
+
+# An engine that fails this many steps in a row is broken, not unlucky.
+MAX_FAILED_STEPS = 3
+
+
+class StepScheduler(Protocol):
+    """What the loop needs of a scheduler."""
+
+    def has_work(self) -> bool: ...
+
+    def schedule(self, now_s: float) -> SchedulerOutput: ...
+
+    def update(self, output: SchedulerOutput, result: StepResult, now_s: float) -> list[RequestUpdate]: ...
+
+    def abort(self, request_id: str) -> bool: ...
+
+
+class StepEngine(Protocol):
+    """What the loop needs of an engine."""
+
+    def step(self, batch: list[ScheduledRequest]) -> StepResult: ...
+
+
+@dataclass(slots=True)
+class StepEvents:
+    """What the event loop is told after (``started``: at the beginning of) a step."""
+
+    started: list[Request] = field(default_factory=list)  # computed for the first time
+    updates: list[RequestUpdate] = field(default_factory=list)
+    failed: list[tuple[Request, str]] = field(default_factory=list)
+    step_s: float = 0.0
+    num_tokens: int = 0
+
+
+class StepLoop(Generic[SchedulerT]):
+    """Runs steps as long as there is work and sleeps otherwise."""
+
+    def __init__(
+        self,
+        scheduler: SchedulerT,
+        engine: StepEngine,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        on_events: Callable[[StepEvents], None],
+        on_idle_or_step: Callable[[SchedulerT, float], None] = lambda scheduler, now_s: None,
+        on_broken: Callable[[str], None] = lambda reason: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``on_events`` and ``on_broken`` run on the event loop; ``on_idle_or_step`` on the step thread, after calls and steps."""
+        self._scheduler = scheduler
+        self._engine = engine
+        self._loop = loop
+        self._on_events = on_events
+        self._on_idle_or_step = on_idle_or_step
+        self._on_broken = on_broken
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="step", daemon=True)
+        self._is_stopping = False
+        self._num_failed_steps = 0
+        self.progress_s = clock()  # when the thread last got somewhere, or had nothing to do
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after the step that it is in."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def post(self, function: Callable[[SchedulerT], object]) -> None:
+        """Runs ``function`` on the step thread before the next step. An exception is logged."""
+
+        def run() -> None:
+            try:
+                function(self._scheduler)
+            except Exception:
+                log.exception("a call on the step thread failed")
+
+        self._inbox.put(run)
+
+    async def call(self, function: Callable[[SchedulerT], Result]) -> Result:
+        """Runs ``function`` on the step thread before the next step and returns, or raises, what it does."""
+        future: asyncio.Future[Result] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                outcome = function(self._scheduler)
+            except BaseException as error:
+                self._tell(_set_exception, future, error)
+            else:
+                self._tell(_set_result, future, outcome)
+
+        self._inbox.put(run)
+        return await future
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            self._take_calls()
+            now_s = self.progress_s = self._clock()
+            self._on_idle_or_step(self._scheduler, now_s)
+            if not self._is_stopping and self._scheduler.has_work():
+                self._step(now_s)
+
+    def _take_calls(self) -> None:
+        """Runs the calls that came in; waits for one when there is nothing else to do."""
+        must_wait = not self._scheduler.has_work()
+        while True:
+            try:
+                call = self._inbox.get(block=must_wait, timeout=_IDLE_WAKE_S if must_wait else None)
+            except queue.Empty:
+                return
+            if call is None:
+                self._is_stopping = True
+                return
+            call()
+            must_wait = False
+
+    def _step(self, now_s: float) -> None:
+        output = self._scheduler.schedule(now_s)
+        if not output.scheduled:
+            self._deliver(StepEvents(updates=output.ended))
+            # Waiting for room or for a transfer: whatever ends the wait comes as a call.
+            self._wait_for_call()
+            return
+        started = [item.request for item in output.scheduled if item.request.first_scheduled_s == now_s]
+        if started or output.ended:
+            self._deliver(StepEvents(started=started, updates=output.ended))
+        try:
+            result = self._engine.step(output.scheduled)
+        except Exception as error:
+            self._fail(output, error)
+            return
+        self._num_failed_steps = 0
+        end_s = self._clock()
+        updates = self._scheduler.update(output, result, end_s)
+        num_tokens = sum(item.num_tokens for item in output.scheduled)
+        self._deliver(StepEvents(updates=updates, step_s=end_s - now_s, num_tokens=num_tokens))
+
+    def _wait_for_call(self) -> None:
+        try:
+            call = self._inbox.get(timeout=_IDLE_WAKE_S)
+        except queue.Empty:
+            return
+        if call is None:
+            self._is_stopping = True
+        else:
+            call()
+
+    def _fail(self, output: SchedulerOutput, error: Exception) -> None:
+        """A step that raised: its requests fail, the others go on. After several in a row the worker gives up."""
+        log.error("engine step failed", num_requests=len(output.scheduled), exc_info=error)
+        failed = [(item.request, f"the engine failed: {type(error).__name__}") for item in output.scheduled]
+        for request, _ in failed:
+            self._scheduler.abort(request.request_id)
+        self._deliver(StepEvents(failed=failed))
+        self._num_failed_steps += 1
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            self._tell(self._on_broken, f"{self._num_failed_steps} engine steps in a row failed")
+
+    def _deliver(self, events: StepEvents) -> None:
+        if events.started or events.updates or events.failed or events.num_tokens:
+            self._tell(self._on_events, events)
+
+    def _tell(self, function: Callable[..., object], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            self._is_stopping = True
+
+
+# Deadlines and leases are looked at this often when nothing else happens.
+_IDLE_WAKE_S = 0.25
+
+
+def _set_result(future: asyncio.Future[Any], outcome: Any) -> None:
+    if not future.done():
+        future.set_result(outcome)
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
