@@ -1,4 +1,4 @@
-"""``python -m baton.services.runtime.exec_child PROGRAM ARG...`` becomes PROGRAM, set to end with the process that started it."""
+"""``python -m baton.services.runtime.exec_child PROGRAM ARG...``: becomes PROGRAM, which then ends with our parent."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from baton.services.runtime.process import die_with_parent
 
 if __name__ == "__main__":
     die_with_parent()
-    os.execv(sys.argv[1], sys.argv[1:])
+    os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606  no shell is the point

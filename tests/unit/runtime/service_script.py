@@ -1,0 +1,59 @@
+"""A service whose every step can be made slow or broken: run as a process by test_main.py. Arguments: a mode, a file for its steps."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+
+from baton.services.core.errors import ConfigurationError
+from baton.services.runtime.main import run_service
+from baton.services.runtime.process import die_with_parent, exit_cleanly_on_signals
+from baton.services.runtime.settings import ServeSettings
+
+
+class Scripted:
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+        self._failed = asyncio.Event()
+
+    async def start(self) -> None:
+        step("start")
+        if self._mode == "refuse":
+            raise ConfigurationError("model.safetensors: tensor x expected [2], found [3]")
+        if self._mode == "load":
+            await asyncio.to_thread(time.sleep, 60)  # weights: a thread that cannot be interrupted
+        if self._mode == "fail":
+            asyncio.get_running_loop().call_soon(self._failed.set)
+        step("started")
+
+    async def wait_failed(self) -> None:
+        await self._failed.wait()
+        raise RuntimeError("step loop died")
+
+    async def drain(self) -> None:
+        step("drain")
+        if self._mode == "stubborn":
+            await asyncio.Event().wait()
+        step("drained")
+
+    async def stop(self) -> None:
+        step("stop")
+
+
+def step(name: str) -> None:
+    with open(sys.argv[2], "a", encoding="utf-8") as steps:
+        steps.write(f"{name}\n")
+
+
+if __name__ == "__main__":
+    exit_cleanly_on_signals()
+    die_with_parent()
+    step(f"pid {os.getpid()}")
+    if sys.argv[1] == "import":
+        step("importing")
+        signal.pause()
+    settings = ServeSettings(drain_timeout_s=0.2 if len(sys.argv) > 3 else 30.0)
+    sys.exit(run_service("scripted", settings, lambda: Scripted(sys.argv[1])))
