@@ -1,0 +1,31 @@
+"""Sets of block indices as integers: bit i stands for block i. A count could agree by accident; a set cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+
+def of(indices: Iterable[int]) -> int:
+    """The set of these indices."""
+    bits = 0
+    for index in indices:
+        bits |= 1 << index
+    return bits
+
+
+def first(num_blocks: int) -> int:
+    """The set of the indices below ``num_blocks``."""
+    return (1 << num_blocks) - 1
+
+
+def indices(bits: int) -> Iterator[int]:
+    """The members, ascending."""
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
+def has(bits: int, index: int) -> bool:
+    """Whether ``index`` is a member."""
+    return bits >> index & 1 == 1
