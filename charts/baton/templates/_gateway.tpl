@@ -1,0 +1,18 @@
+{{/* Variables of the gateway. Takes (dict "root" $ "values" the gateway's values). */}}
+{{- define "baton.gateway.env" -}}
+{{- include "baton.commonEnv" . }}
+- name: BATON_PORT
+  value: "8000"
+- name: BATON_GRPC_PORT
+  value: "8001"
+- name: BATON_PLACEMENT
+  value: {{ .values.placement }}
+- name: BATON_MAX_CONCURRENT_REQUESTS
+  value: {{ int64 .values.maxConcurrentRequests | quote }}
+- name: BATON_REQUEST_TIMEOUT_S
+  value: {{ int64 .values.requestTimeoutSeconds | quote }}
+{{- if .values.apiKeys.existingSecret }}
+- name: BATON_API_KEY_FILE
+  value: /etc/baton/api-keys/api-keys
+{{- end }}
+{{- end -}}
