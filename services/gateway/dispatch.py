@@ -20,7 +20,7 @@ from baton.services.core.request import FinishReason
 from baton.services.core.router import Candidate, Mode, Placement, RoutedRequest, RoutingDecision, WorkerView, route
 from baton.services.gateway.generation import GenerationRequest, TokenDelta
 from baton.services.gateway.receipts import Attempt, GenerationRecord, ReceiptBook
-from baton.services.gateway.registry import KnownWorker, Registry
+from baton.services.gateway.registry import Registry, block_bytes
 from baton.services.gateway.token_order import TokenOrder
 from baton.services.gateway.worker_link import Arrival, WorkerLink
 from baton.services.runtime import convert
@@ -63,16 +63,18 @@ class WorkerDispatcher:
         self,
         registry: Registry,
         prefix_index: PrefixIndex,
-        namer: BlockNamer,
+        block_key: bytes,
         receipts: ReceiptBook,
         *,
         clock: Callable[[], float],
         placement: Placement = Placement.REMOTE,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_start = on_start
         self._placement = placement
         self._registry = registry
         self._prefix_index = prefix_index
-        self._namer = namer
+        self._block_key = block_key
         self._receipts = receipts
         self._clock = clock
         self._records: dict[str, GenerationRecord] = {}
@@ -85,6 +87,7 @@ class WorkerDispatcher:
         """See Dispatcher. Tokens have gap-free indices from 0, whatever workers they came from."""
         record = self._receipts.open(request)
         self._records[request.request_id] = record
+        self._on_start()
         outcome = "abort"  # unless something below says otherwise: the caller closed us
         try:
             async with aclosing(self._attempts(request, record)) as deltas:
@@ -112,9 +115,7 @@ class WorkerDispatcher:
 
     async def _attempts(self, request: GenerationRequest, record: GenerationRecord) -> AsyncGenerator[TokenDelta, None]:
         deadline_s = None if request.timeout_s is None else self._clock() + request.timeout_s
-        block_size = self._block_size()
-        names = self._namer.names(request.prompt_token_ids, block_size, request.cache_salt) if block_size else []
-        run = _Run(request, record, deadline_s, names)
+        run = _Run(request, record, deadline_s, self._block_names(request))
         while True:
             attempt = Attempt(len(record.attempts) + 1, self._route(run))
             record.attempts.append(attempt)
@@ -142,11 +143,13 @@ class WorkerDispatcher:
                 )
 
     def _route(self, run: _Run) -> RoutingDecision:
+        known = next(iter(self._registry), None)
+        layout = known.status.compatibility.layout if known is not None else pb.KVLayout()
         routed = RoutedRequest(
             request_id=run.request.request_id,
             num_tokens=len(run.spec_tokens),
-            block_size=self._block_size() or 16,
-            block_bytes=self._block_bytes(),
+            block_size=layout.block_size or 16,
+            block_bytes=block_bytes(layout),
             cached_blocks=self._prefix_index.matches(run.block_names),
             excluded=run.excluded,
         )
@@ -249,18 +252,11 @@ class WorkerDispatcher:
             raise AttemptFailed(error, view.incarnation)
         return known.link
 
-    def _any_worker(self) -> KnownWorker | None:
-        return next(iter(self._registry), None)
-
-    def _block_size(self) -> int:
-        """Block size of the workers; 0 while none is known. All workers of a gateway agree on it: others never pair."""
-        known = self._any_worker()
-        return known.status.compatibility.layout.block_size if known else 0
-
-    def _block_bytes(self) -> int:
-        known = self._any_worker()
+    def _block_names(self, request: GenerationRequest) -> list[bytes]:
+        """What the workers call the prompt's blocks. Empty while no worker is known."""
+        known = next(iter(self._registry), None)
         if known is None:
-            return 0
-        layout = known.status.compatibility.layout
-        element_bytes = 4 if layout.dtype == "float32" else 2
-        return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.block_size * element_bytes
+            return []
+        compatibility = known.status.compatibility
+        namer = BlockNamer(self._block_key, compatibility.model_fingerprint)
+        return namer.names(request.prompt_token_ids, compatibility.layout.block_size, request.cache_salt)

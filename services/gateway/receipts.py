@@ -62,8 +62,16 @@ class GenerationRecord:
         return self.slo.tpot_ms if self.slo.tpot_ms is not None else SLO_CLASSES[self.slo.slo_class][1]
 
     @property
+    def missed_because(self) -> str:
+        """Which part of the target was missed: "error", "ttft" or "tpot". For records that are not ``slo_met``."""
+        if self.outcome not in ("stop", "length", "tool_calls"):
+            return "refused" if self.outcome == "refused" else "error"
+        ttft_ms = self.trace.ttft_ms
+        return "ttft" if self.slo_ttft_ms is not None and (ttft_ms or 0.0) > self.slo_ttft_ms else "tpot"
+
+    @property
     def slo_met(self) -> bool:
-        """A request that ended badly missed; a target that is not set, or a figure that one token cannot have, is met."""
+        """A bad end misses; a target that is not set, or a figure that one token cannot have, is met."""
         if self.outcome not in ("stop", "length", "tool_calls"):
             return False
         ttft_ms = self.trace.ttft_ms

@@ -52,10 +52,12 @@ class Registry:
         gateway: pb.WorkerIdentity,
         *,
         clock: Callable[[], float],
+        on_heard: Callable[[], None] = lambda: None,
         on_forget: Callable[[str], None] = lambda worker_id: None,
     ) -> None:
         self._gateway = gateway
         self._clock = clock
+        self._on_heard = on_heard
         self._on_forget = on_forget
         self._workers: dict[str, KnownWorker] = {}
 
@@ -86,6 +88,11 @@ class Registry:
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
         known.status, known.heard_s = status, self._clock()
+        self._on_heard()
+
+    def statuses(self) -> list[pb.WorkerStatus]:
+        """The last report of every worker that can be reached."""
+        return [known.status for known in self._workers.values() if known.link.is_connected]
 
     def views(self) -> list[WorkerView]:
         """The usable workers as the router sees them."""
@@ -188,6 +195,12 @@ def compatibility_key(compatibility: pb.Compatibility) -> str:
             layout.order,
         )
     )
+
+
+def block_bytes(layout: pb.KVLayout) -> int:
+    """Bytes of one block: K and V of all layers."""
+    element_bytes = 4 if layout.dtype == "float32" else 2
+    return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.block_size * element_bytes
 
 
 def _describe(known: KnownWorker) -> dict[str, object]:

@@ -16,27 +16,22 @@ from typing import Any, Generic, Protocol, TypeVar
 import structlog
 
 from baton.services.core.request import Request
-from baton.services.core.scheduler.base import RequestUpdate, ScheduledRequest, SchedulerOutput, StepResult
+from baton.services.core.scheduler.base import (
+    RequestUpdate,
+    Reservation,
+    ScheduledRequest,
+    Scheduler,
+    SchedulerOutput,
+    StepResult,
+)
 
 log = structlog.get_logger(__name__)
 
-SchedulerT = TypeVar("SchedulerT", bound="StepScheduler")
+SchedulerT = TypeVar("SchedulerT", bound=Scheduler)
 Result = TypeVar("Result")
 
 # An engine that fails this many steps in a row is broken, not unlucky.
 MAX_FAILED_STEPS = 3
-
-
-class StepScheduler(Protocol):
-    """What the loop needs of a scheduler."""
-
-    def has_work(self) -> bool: ...
-
-    def schedule(self, now_s: float) -> SchedulerOutput: ...
-
-    def update(self, output: SchedulerOutput, result: StepResult, now_s: float) -> list[RequestUpdate]: ...
-
-    def abort(self, request_id: str) -> bool: ...
 
 
 class StepEngine(Protocol):
@@ -47,13 +42,16 @@ class StepEngine(Protocol):
 
 @dataclass(slots=True)
 class StepEvents:
-    """What the event loop is told after (``started``: at the beginning of) a step."""
+    """What the event loop is told when a step begins (``started``, ``granted``, ``expired``) and when it has ended."""
 
     started: list[Request] = field(default_factory=list)  # computed for the first time
+    granted: list[Reservation] = field(default_factory=list)
+    expired: list[Request] = field(default_factory=list)
     updates: list[RequestUpdate] = field(default_factory=list)
     failed: list[tuple[Request, str]] = field(default_factory=list)
     step_s: float = 0.0
-    num_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_sampled: int = 0
 
 
 class StepLoop(Generic[SchedulerT]):
@@ -66,16 +64,16 @@ class StepLoop(Generic[SchedulerT]):
         *,
         loop: asyncio.AbstractEventLoop,
         on_events: Callable[[StepEvents], None],
-        on_idle_or_step: Callable[[SchedulerT, float], None] = lambda scheduler, now_s: None,
+        on_turn: Callable[[SchedulerT, float], None] = lambda scheduler, now_s: None,
         on_broken: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``on_events`` and ``on_broken`` run on the event loop; ``on_idle_or_step`` on the step thread, after calls and steps."""
+        """``on_events`` and ``on_broken`` run on the event loop, ``on_turn`` on the step thread before every step."""
         self._scheduler = scheduler
         self._engine = engine
         self._loop = loop
         self._on_events = on_events
-        self._on_idle_or_step = on_idle_or_step
+        self._on_turn = on_turn
         self._on_broken = on_broken
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -122,13 +120,13 @@ class StepLoop(Generic[SchedulerT]):
         while not self._is_stopping:
             self._take_calls()
             now_s = self.progress_s = self._clock()
-            self._on_idle_or_step(self._scheduler, now_s)
-            if not self._is_stopping and self._scheduler.has_work():
+            self._on_turn(self._scheduler, now_s)
+            if not self._is_stopping and self._scheduler.has_work:
                 self._step(now_s)
 
     def _take_calls(self) -> None:
         """Runs the calls that came in; waits for one when there is nothing else to do."""
-        must_wait = not self._scheduler.has_work()
+        must_wait = not self._scheduler.has_work
         while True:
             try:
                 call = self._inbox.get(block=must_wait, timeout=_IDLE_WAKE_S if must_wait else None)
@@ -142,14 +140,14 @@ class StepLoop(Generic[SchedulerT]):
 
     def _step(self, now_s: float) -> None:
         output = self._scheduler.schedule(now_s)
+        started = [item.request for item in output.scheduled if item.request.first_scheduled_s == now_s]
+        if started or output.granted or output.expired:
+            self._tell(self._on_events, StepEvents(started, output.granted, output.expired))
         if not output.scheduled:
-            self._deliver(StepEvents(updates=output.ended))
-            # Waiting for room or for a transfer: whatever ends the wait comes as a call.
+            # Waiting for room or for a transfer: what ends the wait comes as a call, or is a deadline.
             self._wait_for_call()
             return
-        started = [item.request for item in output.scheduled if item.request.first_scheduled_s == now_s]
-        if started or output.ended:
-            self._deliver(StepEvents(started=started, updates=output.ended))
+        num_prompt_tokens = sum(_num_prompt_tokens(item) for item in output.scheduled)
         try:
             result = self._engine.step(output.scheduled)
         except Exception as error:
@@ -158,8 +156,15 @@ class StepLoop(Generic[SchedulerT]):
         self._num_failed_steps = 0
         end_s = self._clock()
         updates = self._scheduler.update(output, result, end_s)
-        num_tokens = sum(item.num_tokens for item in output.scheduled)
-        self._deliver(StepEvents(updates=updates, step_s=end_s - now_s, num_tokens=num_tokens))
+        self._tell(
+            self._on_events,
+            StepEvents(
+                updates=updates,
+                step_s=end_s - now_s,
+                num_prompt_tokens=num_prompt_tokens,
+                num_sampled=len(result.sampled),
+            ),
+        )
 
     def _wait_for_call(self) -> None:
         try:
@@ -177,14 +182,10 @@ class StepLoop(Generic[SchedulerT]):
         failed = [(item.request, f"the engine failed: {type(error).__name__}") for item in output.scheduled]
         for request, _ in failed:
             self._scheduler.abort(request.request_id)
-        self._deliver(StepEvents(failed=failed))
+        self._tell(self._on_events, StepEvents(failed=failed))
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             self._tell(self._on_broken, f"{self._num_failed_steps} engine steps in a row failed")
-
-    def _deliver(self, events: StepEvents) -> None:
-        if events.started or events.updates or events.failed or events.num_tokens:
-            self._tell(self._on_events, events)
 
     def _tell(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -195,6 +196,11 @@ class StepLoop(Generic[SchedulerT]):
 
 # Deadlines and leases are looked at this often when nothing else happens.
 _IDLE_WAKE_S = 0.25
+
+
+def _num_prompt_tokens(item: ScheduledRequest) -> int:
+    start = item.request.num_computed_tokens
+    return max(0, min(start + item.num_tokens, item.request.num_prompt_tokens) - start)
 
 
 def _set_result(future: asyncio.Future[Any], outcome: Any) -> None:

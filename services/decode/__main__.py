@@ -1,0 +1,36 @@
+"""``baton decode``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
+from baton.kvtransfer.agent import TransferAgent
+from baton.services.decode.intake import DecodeWorker
+from baton.services.decode.servicer import DecodeServicer
+from baton.services.runtime import grpc as runtime_grpc
+from baton.services.runtime.main import run_service
+from baton.services.runtime.settings import WorkerSettings
+from baton.services.worker.host import WorkerHost
+from baton.services.worker.parts import WorkerParts
+
+
+class DecodeHost(WorkerHost[DecodeWorker]):
+    """The process of a decode worker."""
+
+    def make_worker(
+        self, parts: WorkerParts, agent: TransferAgent, on_turn: Callable[[Any, float], None]
+    ) -> DecodeWorker:
+        return DecodeWorker(parts, agent, on_turn)
+
+    def add_servicer(self, server: grpc.aio.Server, worker: DecodeWorker) -> Sequence[str]:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker, self), server)
+        return runtime_grpc.service_names(decode_pb2.DESCRIPTOR)
+
+
+def run(settings: WorkerSettings) -> int:
+    """Serves until a signal and returns the exit status."""
+    return run_service(settings.role, settings, lambda: DecodeHost(settings))

@@ -1,0 +1,163 @@
+"""The decode side of a request: takes its blocks in, or prefills itself, and generates."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.decode.v1 import decode_pb2
+from baton.kvtransfer.agent import ReservedSlots, TransferAgent
+from baton.kvtransfer.errors import TransferCode, TransferError
+from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
+from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.request import SampledToken, TokenLogprobs
+from baton.services.core.scheduler.base import RequestUpdate, Reservation
+from baton.services.core.scheduler.decode import DecodeScheduler
+from baton.services.worker.parts import WorkerParts
+from baton.services.worker.requests import ActiveRequest, scheduler_id
+from baton.services.worker.session import Session
+from baton.services.worker.transfer_errors import to_baton_error
+from baton.services.worker.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Expected:
+    """A request whose blocks somebody will bring."""
+
+    active: ActiveRequest
+    key: HandoffKey
+    granted: asyncio.Future[Reservation] | None = None
+    is_committed: bool = False
+
+
+class DecodeWorker(Worker[DecodeScheduler]):
+    """Generates. For the transfer agent it is the host that makes room and takes blocks over."""
+
+    def __init__(
+        self,
+        parts: WorkerParts,
+        agent: TransferAgent,
+        on_turn: Callable[[DecodeScheduler, float], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        scheduler = DecodeScheduler(parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching)
+        super().__init__(parts, scheduler, on_turn=on_turn, clock=clock)
+        self._agent = agent
+        self._expected: dict[str, _Expected] = {}
+
+    def start(self, session: Session, command: decode_pb2.Start) -> None:
+        """A Start command of a gateway."""
+        active = self.admit(session, command.spec)
+        if active is None:
+            return
+        if not command.HasField("prefill"):
+            self.enqueue(active)
+            return
+        key = HandoffKey(active.request_id, active.attempt)
+        self._expected[active.id] = _Expected(active, key)
+        sender = WorkerIdentity(command.prefill.worker_id, command.prefill.incarnation)
+        self._agent.expect(key, sender, active.request.deadline_s)
+
+    # ReceiverHost: called by the transfer agent.
+
+    async def reserve(
+        self, key: HandoffKey, sender: WorkerIdentity, block_names: Sequence[bytes], num_tokens: int
+    ) -> ReservedSlots:
+        """Waits until the blocks fit, with room to grow. Cancelled when the sender gives up."""
+        expected = self._expected.get(scheduler_id(key.request_id, key.attempt))
+        if expected is None:
+            raise TransferError(TransferCode.UNKNOWN_HANDOFF, f"{key} is not expected here")
+        request = expected.active.request
+        expected.granted = asyncio.get_running_loop().create_future()
+        try:
+            reservation = await self.steps.call(
+                lambda scheduler: scheduler.reserve(request, list(block_names), self._clock())
+            )
+            if reservation is None:
+                reservation = await expected.granted
+        except BatonError as error:
+            code = TransferCode.INCOMPATIBLE if error.code is ErrorCode.INCOMPATIBLE else TransferCode.NO_CAPACITY
+            raise TransferError(code, error.message) from error
+        except asyncio.CancelledError:
+            self._let_go(request.request_id, quiet=True)  # nobody was told of the slots, so nobody writes
+            raise
+        finally:
+            expected.granted = None
+        return ReservedSlots(tuple(Slot(slot.index, slot.block_id, slot.generation) for slot in reservation.slots))
+
+    async def committed(self, key: HandoffKey, first_token: FirstToken, report: TransferReport) -> None:
+        """All blocks are here and verified: the request runs from its second token on."""
+        expected = self._expected.get(scheduler_id(key.request_id, key.attempt))
+        if expected is None:
+            raise TransferError(TransferCode.ABORTED, f"{key} was cancelled")
+        active = expected.active
+        token = SampledToken(
+            first_token.token_id,
+            None if first_token.logprob is None else TokenLogprobs(first_token.logprob, first_token.top_logprobs),
+        )
+        try:
+            await self.steps.call(lambda scheduler: scheduler.commit(active.id, token, self._clock()))
+        except BatonError as error:
+            raise TransferError(TransferCode.EXPIRED, error.message) from error
+        self._expected.pop(active.id, None)
+        active.session.send([_arrival(active, report)])
+
+    async def released(self, key: HandoffKey, error: TransferError, *, quiet: bool) -> None:
+        """The handoff failed. The slots are free once no write can land in them."""
+        name = scheduler_id(key.request_id, key.attempt)
+        self._let_go(name, quiet=quiet)
+        expected = self._expected.pop(name, None)
+        if expected is not None:
+            self.fail(expected.active, to_baton_error(error))
+
+    def _let_go(self, request_id: str, *, quiet: bool) -> None:
+        now_s = self._clock()
+        self.steps.post(lambda scheduler: scheduler.abort_reservation(request_id, writes_quiet=quiet, now=now_s))
+
+    # Worker.
+
+    def _on_granted(self, reservation: Reservation) -> None:
+        expected = self._expected.get(reservation.request.request_id)
+        if expected is not None and expected.granted is not None and not expected.granted.done():
+            expected.granted.set_result(reservation)
+
+    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
+        if not update.new_tokens and not update.finished:
+            return None
+        if update.finished:
+            self.forget(active)
+        return active.output(update)
+
+    def _give_up(self, active: ActiveRequest, reason: str) -> None:
+        self.forget(active)
+        expected = self._expected.pop(active.id, None)
+        if expected is not None:
+            # The agent knows whether a write can still land, and calls ``released`` when it is over.
+            self._agent.forget(expected.key, reason)
+        else:
+            self.steps.post(lambda scheduler: scheduler.abort(active.id))
+
+
+def _arrival(active: ActiveRequest, report: TransferReport) -> pb.RequestOutput:
+    output = pb.RequestOutput(request_id=active.request_id, attempt=active.attempt)
+    output.transfer.CopyFrom(
+        pb.TransferReport(
+            transport=report.transport,
+            num_blocks=report.num_blocks,
+            num_blocks_skipped=report.num_blocks_skipped,
+            num_bytes=report.num_bytes,
+            duration_ms=report.duration_ms,
+            commit_ms=report.commit_ms,
+            reserve_wait_ms=report.reserve_wait_ms,
+            checksum=report.checksum,
+        )
+    )
+    return output

@@ -1,0 +1,42 @@
+"""``DecodeService`` in front of a decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
+from baton.services.decode.intake import DecodeWorker
+from baton.services.worker.host import WorkerHost
+from baton.services.worker.session import serve_stream
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """Errors become gRPC statuses in the server's interceptor."""
+
+    def __init__(self, worker: DecodeWorker, host: WorkerHost[Any]) -> None:
+        self._worker = worker
+        self._host = host
+
+    async def Open(
+        self, request_iterator: AsyncIterator[decode_pb2.OpenRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        await serve_stream(
+            self._worker,
+            request_iterator,
+            context,
+            start=self._worker.start,
+            response=lambda step: decode_pb2.OpenResponse(step=step),
+        )
+
+    async def GetStatus(
+        self, request: decode_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> decode_pb2.GetStatusResponse:
+        return decode_pb2.GetStatusResponse(status=await self._host.status())
+
+    async def Drain(
+        self, request: decode_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> decode_pb2.DrainResponse:
+        return decode_pb2.DrainResponse(num_aborted=await self._host.drain_within(request.timeout_ms / 1e3))

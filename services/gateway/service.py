@@ -1,0 +1,239 @@
+"""The gateway process: finds workers, answers REST and gRPC, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
+from baton.services.core.errors import ErrorCode
+from baton.services.core.prefix_index import PrefixIndex
+from baton.services.core.router import Placement, Role
+from baton.services.engine.config_file import ConfigFile
+from baton.services.engine.model_folder import resolve_model_folder
+from baton.services.gateway.app import create_app
+from baton.services.gateway.auth import Authenticator
+from baton.services.gateway.deps import GatewayDeps, Refusal
+from baton.services.gateway.discovery import Discovery
+from baton.services.gateway.dispatch import WorkerDispatcher
+from baton.services.gateway.grpc_inference import InferenceServicer
+from baton.services.gateway.limits import Limits
+from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
+from baton.services.gateway.registry import Registry
+from baton.services.gateway.served_model import ServedModel, read_generation_config
+from baton.services.gateway.tokenizer import load_tokenizer
+from baton.services.runtime import grpc as runtime_grpc
+from baton.services.runtime.block_key import read_block_key
+from baton.services.runtime.bus import Bus, NatsBus, NoBus
+from baton.services.runtime.health import SERVICE_NAME, Health
+from baton.services.runtime.metrics import Metrics
+from baton.services.runtime.net import bind_listener
+from baton.services.runtime.settings import GatewaySettings
+from baton.services.runtime.subjects import Subjects
+
+log = structlog.get_logger(__name__)
+
+
+class GatewayService:
+    """See ``runtime.main.Service``."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._identity = pb.WorkerIdentity(worker_id=f"gateway-{os.getpid()}", incarnation=uuid.uuid4().hex)
+        self._prefix_index = PrefixIndex()
+        self._health = Health()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._http: uvicorn.Server | None = None
+
+    async def start(self) -> None:
+        settings = self._settings
+        listener = bind_listener(settings.host, settings.port)
+        self._listener = listener
+        model, tokenizer = await asyncio.to_thread(self._load_model)
+        self._tokenizer = tokenizer
+        self._registry = Registry(
+            self._identity, clock=time.monotonic, on_heard=self._on_heard, on_forget=self._prefix_index.forget
+        )
+        self._metrics = Metrics(self._registry.statuses, version=version("baton-llm"))
+        self._receipts = ReceiptBook(self._on_end)
+        dispatcher = WorkerDispatcher(
+            self._registry,
+            self._prefix_index,
+            read_block_key(settings),
+            self._receipts,
+            clock=time.monotonic,
+            placement=Placement(settings.placement),
+            on_start=self._metrics.request_admitted,
+        )
+        self._deps = GatewayDeps(
+            dispatcher=dispatcher,
+            tokenizer=tokenizer,
+            model=model,
+            ready=self._ready,
+            metrics=self._render_metrics,
+            workers=self._registry.describe,
+            receipt=self._receipts.get,
+            authenticator=Authenticator(settings.api_keys()),
+            limits=Limits(
+                max_concurrent_requests=settings.max_concurrent_requests,
+                max_body_bytes=settings.max_body_size,
+                request_timeout_s=settings.request_timeout_s,
+            ),
+            on_refused=self._on_refused,
+        )
+        await self._start_bus()
+        await self._start_grpc()
+        self._start_http()
+        self._health.set_ready()
+        log.info("listening", rest=listener.getsockname()[1], grpc=self._grpc_port, model=model.name)
+
+    def _load_model(self) -> tuple[ServedModel, object]:
+        settings = self._settings
+        assert settings.model is not None  # the command line fills it in
+        folder = resolve_model_folder(settings.model)
+        tokenizer = load_tokenizer(folder)
+        defaults, eos_token_ids = read_generation_config(folder)
+        model = ServedModel(
+            name=settings.served_model_name or settings.model,
+            max_model_len=settings.max_model_len or _context_length(folder),
+            vocab_size=ConfigFile.read(folder / "config.json").integer("vocab_size"),
+            eos_token_ids=eos_token_ids,
+            defaults=defaults,
+            created=int(time.time()),
+        )
+        return model, tokenizer
+
+    async def _start_bus(self) -> None:
+        settings = self._settings
+        token = settings.nats_token_file.read_text().strip() if settings.nats_token_file else None
+        self._bus: Bus = (
+            NatsBus(settings.nats_url, name=self._identity.worker_id, token=token) if settings.nats_url else NoBus()
+        )
+        Discovery(self._bus, Subjects(settings.cluster), self._identity, self._registry, self._prefix_index)
+        await self._bus.start()
+        for address in settings.worker:
+            self._tasks.append(asyncio.create_task(self._registry.watch_static(address), name=f"static-{address}"))
+
+    async def _start_grpc(self) -> None:
+        server = self._grpc_server = runtime_grpc.create_server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._deps), server)
+        self._health.add_to(server)
+        names = runtime_grpc.service_names(inference_pb2.DESCRIPTOR)
+        runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
+        self._grpc_port = runtime_grpc.bind_server(server, self._settings.host, self._settings.grpc_port)
+        await server.start()
+
+    def _start_http(self) -> None:
+        config = uvicorn.Config(
+            create_app(self._deps),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=75,
+            h11_max_incomplete_event_size=self._deps.limits.max_header_bytes,
+            # A drain waits for streams itself, and then cuts off what is left.
+            timeout_graceful_shutdown=1,
+        )
+        self._http = _Server(config)
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[self._listener]), name="http")
+
+    async def wait_failed(self) -> None:
+        await self._http_task
+
+    async def drain(self) -> None:
+        self._health.set_draining()
+        self._deps.door.close()
+        while self._deps.door.num_inside:  # noqa: ASYNC110  counted where the requests are, not here
+            await asyncio.sleep(0.02)
+
+    async def stop(self) -> None:
+        if self._http is not None:
+            self._http.should_exit = True
+            await self._http_task
+            await self._grpc_server.stop(grace=0.5)
+            for task in self._tasks:
+                task.cancel()
+            await self._registry.close()
+            await self._bus.close()
+            self._tokenizer.close()
+        self._listener.close()
+
+    # What the rest of the gateway tells the process.
+
+    def _on_heard(self) -> None:
+        """The context length that every usable worker can serve, unless the operator set one."""
+        lengths = [status.max_model_len for status in self._registry.statuses() if status.max_model_len]
+        if self._settings.max_model_len is None and lengths and min(lengths) != self._deps.model.max_model_len:
+            self._deps.model = replace(self._deps.model, max_model_len=min(lengths))
+
+    def _ready(self) -> tuple[bool, str]:
+        if self._health.is_draining:
+            return False, "draining"
+        views = self._registry.views()
+        if any(view.role is Role.COLOCATED for view in views):
+            return True, ""
+        prefill = {view.compatibility for view in views if view.role is Role.PREFILL}
+        decode = {view.compatibility for view in views if view.role is Role.DECODE}
+        if not decode:
+            return False, f"no decode worker is ready ({len(views)} workers are)"
+        if prefill and not prefill & decode:
+            return (
+                False,
+                "no prefill worker can exchange blocks with a decode worker: /v1/workers shows how they differ",
+            )
+        if not prefill:
+            return False, "no prefill worker is ready"
+        return True, ""
+
+    def _render_metrics(self) -> bytes:
+        self._metrics.bus_state(self._bus.is_connected, dict(self._bus.num_dropped))
+        return self._metrics.render()
+
+    def _on_refused(self, refusal: Refusal) -> None:
+        if refusal.code in (ErrorCode.OVERLOADED, ErrorCode.DRAINING, ErrorCode.NO_WORKERS):
+            self._metrics.request_refused(refusal.slo.slo_class)
+
+    def _on_end(self, record: GenerationRecord) -> None:
+        metrics = self._metrics
+        assert record.outcome is not None
+        metrics.request_ended(record.trace, record.outcome, completion_tokens=record.completion_tokens)
+        if record.attempts:
+            metrics.placed(record.attempts[-1].decision.chosen.mode.value)
+            metrics.prompt_computed(prompt_tokens=record.prompt_tokens, cached_tokens=record.cached_tokens)
+        for reason in record.fallbacks:
+            metrics.retried(reason)
+            metrics.fell_back(reason)
+        if record.transfer is not None:
+            metrics.kv_transferred(record.transfer)
+        if record.slo_met:
+            metrics.slo_met(record.slo.slo_class)
+        else:
+            metrics.slo_missed(record.slo.slo_class, record.missed_because)
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the process, not to its HTTP server."""
+
+    def capture_signals(self):  # type: ignore[no-untyped-def, override]
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def _context_length(folder: Path) -> int:
+    """The model's own limit, until workers say what they serve."""
+    config = ConfigFile.read(folder / "config.json")
+    for field in ("max_position_embeddings", "n_positions"):
+        if field in config:
+            return config.integer(field)
+    return config.integer("max_position_embeddings")  # refuses, and names it

@@ -1,0 +1,36 @@
+"""``baton prefill``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from baton.kvtransfer.agent import TransferAgent
+from baton.services.prefill.handover import PrefillWorker
+from baton.services.prefill.servicer import PrefillServicer
+from baton.services.runtime import grpc as runtime_grpc
+from baton.services.runtime.main import run_service
+from baton.services.runtime.settings import WorkerSettings
+from baton.services.worker.host import WorkerHost
+from baton.services.worker.parts import WorkerParts
+
+
+class PrefillHost(WorkerHost[PrefillWorker]):
+    """The process of a prefill worker."""
+
+    def make_worker(
+        self, parts: WorkerParts, agent: TransferAgent, on_turn: Callable[[Any, float], None]
+    ) -> PrefillWorker:
+        return PrefillWorker(parts, agent, on_turn)
+
+    def add_servicer(self, server: grpc.aio.Server, worker: PrefillWorker) -> Sequence[str]:
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker, self), server)
+        return runtime_grpc.service_names(prefill_pb2.DESCRIPTOR)
+
+
+def run(settings: WorkerSettings) -> int:
+    """Serves until a signal and returns the exit status."""
+    return run_service(settings.role, settings, lambda: PrefillHost(settings))

@@ -1,0 +1,127 @@
+"""The prefill side: computes a prompt, sends its blocks while later chunks compute, lets go on the acknowledgement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.prefill.v1 import prefill_pb2
+from baton.kvtransfer.agent import HandoffSpec, SenderHandoff, TransferAgent
+from baton.kvtransfer.errors import TransferError
+from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
+from baton.kvtransfer.messages import FirstToken
+from baton.services.core.request import SampledToken
+from baton.services.core.scheduler.base import RequestUpdate
+from baton.services.core.scheduler.finish import ends_with_next_token
+from baton.services.core.scheduler.prefill import PrefillScheduler
+from baton.services.worker.parts import WorkerParts
+from baton.services.worker.requests import ActiveRequest
+from baton.services.worker.session import Session
+from baton.services.worker.transfer_errors import to_baton_error
+from baton.services.worker.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Destination:
+    """Where a request's blocks go, and the handoff once it is open."""
+
+    spec: HandoffSpec
+    handoff: SenderHandoff | None = None
+
+
+class PrefillWorker(Worker[PrefillScheduler]):
+    """Runs prompts and hands them over."""
+
+    def __init__(
+        self,
+        parts: WorkerParts,
+        agent: TransferAgent,
+        on_turn: Callable[[PrefillScheduler, float], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        scheduler = PrefillScheduler(parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching)
+        super().__init__(parts, scheduler, on_turn=on_turn, clock=clock)
+        self._agent = agent
+        self._destinations: dict[str, _Destination] = {}
+
+    def start(self, session: Session, command: prefill_pb2.Start) -> None:
+        """A Start command of a gateway."""
+        active = self.admit(session, command.spec)
+        if active is None:
+            return
+        request = active.request
+        self._destinations[active.id] = _Destination(
+            HandoffSpec(
+                key=HandoffKey(active.request_id, active.attempt),
+                receiver=WorkerIdentity(command.decode.worker_id, command.decode.incarnation),
+                receiver_address=command.decode_address,
+                block_names=tuple(self.block_names(request)),
+                num_tokens=request.num_tokens,
+            )
+        )
+        self.enqueue(active)
+
+    def _on_started(self, active: ActiveRequest) -> None:
+        # Not earlier: until now the prompt has only waited, and blocks reserved for it over there would wait with it.
+        destination = self._destinations.get(active.id)
+        if destination is not None and not ends_with_next_token(active.request, self.limits.max_model_len):
+            destination.handoff = self._agent.open(destination.spec)
+
+    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
+        handoff = self._destinations[active.id].handoff
+        if handoff is not None and update.completed_blocks:
+            handoff.blocks_ready(dict(zip(update.completed_blocks, update.completed_block_ids, strict=True)))
+        if not update.new_tokens:
+            return None
+        output = active.output(update)
+        if update.finished:
+            self._end(active)
+            if handoff is not None:
+                self.spawn(self._abort(active.id, handoff, "the first token was the last"), name=f"abort-{active.id}")
+        else:
+            assert handoff is not None
+            self.spawn(self._commit(active, handoff, update.new_tokens[0]), name=f"commit-{active.id}")
+        return output
+
+    async def _commit(self, active: ActiveRequest, handoff: SenderHandoff, token: SampledToken) -> None:
+        logprobs = token.logprobs
+        first_token = FirstToken(
+            token.token_id, logprobs.logprob if logprobs else None, logprobs.top if logprobs else ()
+        )
+        try:
+            await handoff.commit(first_token)
+        except TransferError as error:
+            if self._end(active):
+                log.warning("handoff failed", request_id=active.request_id, attempt=active.attempt, cause=str(error))
+                active.session.send([active.failure(to_baton_error(error))])
+        else:
+            if self._end(active):
+                handed_over = pb.RequestOutput(request_id=active.request_id, attempt=active.attempt, handed_over=True)
+                active.session.send([handed_over])
+        await self._release(active.id, handoff)
+
+    def _give_up(self, active: ActiveRequest, reason: str) -> None:
+        destination = self._destinations.get(active.id)
+        self._end(active)
+        self.steps.post(lambda scheduler: scheduler.abort(active.id))
+        if destination is not None and destination.handoff is not None:
+            self.spawn(self._abort(active.id, destination.handoff, reason), name=f"abort-{active.id}")
+
+    async def _abort(self, request_id: str, handoff: SenderHandoff, reason: str) -> None:
+        await handoff.abort(reason)
+        await self._release(request_id, handoff)
+
+    async def _release(self, request_id: str, handoff: SenderHandoff) -> None:
+        """Once nothing reads the blocks any more the transfer lets go of them."""
+        await handoff.done()
+        self.steps.post(lambda scheduler: scheduler.release(request_id))
+
+    def _end(self, active: ActiveRequest) -> bool:
+        self._destinations.pop(active.id, None)
+        return self.forget(active)

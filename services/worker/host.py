@@ -1,0 +1,317 @@
+"""The process around a worker: loads the model, lays out memory, serves gRPC, announces itself, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import secrets
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import grpc
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.kvtransfer.v1 import kvtransfer_pb2
+from baton.kvtransfer.agent import TransferAgent
+from baton.kvtransfer.identity import WorkerIdentity
+from baton.kvtransfer.layout import Compatibility, KVLayout
+from baton.kvtransfer.memory import BlockMemory, HostBlockMemory
+from baton.kvtransfer.staging import StagedBlockMemory
+from baton.services.core.block_hash import BlockNamer
+from baton.services.core.block_pool import BlockPool
+from baton.services.core.errors import ConfigurationError
+from baton.services.core.router import Role
+from baton.services.core.scheduler.base import SchedulerLimits
+from baton.services.engine.engine import Engine, set_num_threads
+from baton.services.engine.kv_cache import KVCacheShape
+from baton.services.engine.loader import LoadedModel, load_model
+from baton.services.runtime import convert
+from baton.services.runtime import grpc as runtime_grpc
+from baton.services.runtime.block_key import read_block_key
+from baton.services.runtime.bus import Bus, NatsBus, NoBus
+from baton.services.runtime.health import SERVICE_NAME, Health
+from baton.services.runtime.net import format_address
+from baton.services.runtime.settings import WorkerSettings
+from baton.services.runtime.subjects import Subjects
+from baton.services.worker.announcer import Announcer
+from baton.services.worker.parts import WorkerParts
+from baton.services.worker.pool_report import PoolReport, PoolWatch, make_report
+from baton.services.worker.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+WorkerT = TypeVar("WorkerT", bound=Worker[Any])
+
+# A step that takes longer than this is stuck, not slow: the largest chunk on the slowest machine takes seconds.
+STUCK_AFTER_S = 120.0
+# Host memory that blocks of a GPU pass through, both directions together.
+STAGING_BYTES = 256 << 20
+
+
+class WorkerHost(ABC, Generic[WorkerT]):
+    """See ``runtime.main.Service``. The two kinds of worker differ in the abstract methods."""
+
+    def __init__(
+        self, settings: WorkerSettings, load: Callable[[], LoadedModel] | None = None, bus: Bus | None = None
+    ) -> None:
+        """``load`` and ``bus`` replace the model folder and NATS of the settings, for several workers in one process."""
+        self.settings = settings
+        self.worker: WorkerT | None = None
+        self._load = load or self._load_model
+        self._bus = bus or self._make_bus()
+        self._health = Health()
+        self._tasks: list[asyncio.Task[None]] = []
+        worker_id = settings.worker_id or f"{settings.role}-{secrets.token_hex(4)}"
+        self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=uuid.uuid4().hex)
+        self._report: PoolReport | None = None
+
+    @abstractmethod
+    def make_worker(self, parts: WorkerParts, agent: TransferAgent, on_turn: Callable[[Any, float], None]) -> WorkerT:
+        """Builds the worker around its scheduler."""
+
+    @abstractmethod
+    def add_servicer(self, server: grpc.aio.Server, worker: WorkerT) -> Sequence[str]:
+        """Adds the role's gRPC service and returns its full name."""
+
+    async def start(self) -> None:
+        settings = self.settings
+        loaded = await asyncio.to_thread(self._load)
+        shape = KVCacheShape.of(loaded.config, settings.block_size, loaded.dtype)
+        num_blocks = shape.num_blocks_in(settings.kv_cache_memory)
+        self._limits = self._make_limits(loaded, num_blocks)
+        self._layout = KVLayout(
+            shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype_name, shape.order
+        )
+        self._compatibility = Compatibility(loaded.fingerprint, self._layout)
+        engine, self._memory = await asyncio.to_thread(self._lay_out, loaded, num_blocks, shape.block_bytes)
+        pool = self._pool = BlockPool(num_blocks, settings.block_size)
+        parts = WorkerParts(
+            identity=self.identity,
+            pool=pool,
+            limits=self._limits,
+            engine=engine,
+            namer=BlockNamer(read_block_key(settings), loaded.fingerprint),
+            vocab_size=loaded.config.vocab_size,
+            prefix_caching=settings.prefix_caching,
+        )
+        server = self._server = runtime_grpc.create_server()
+        self._port = runtime_grpc.bind_server(server, settings.host, settings.port)
+        agent = self._agent = TransferAgent(
+            WorkerIdentity(self.identity.worker_id, self.identity.incarnation),
+            self._compatibility,
+            self._memory,
+            host=settings.host,
+            port=settings.kv_port,
+            advertise_host=settings.public_host,
+            transport=settings.transport,
+            connect=runtime_grpc.create_channel,
+        )
+        self._announcer = Announcer(
+            self._bus,
+            Subjects(settings.cluster),
+            self.identity,
+            status=self._status,
+            block_names=lambda: asyncio.ensure_future(self._block_names()),
+        )
+        watch = PoolWatch(
+            pool, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
+        )
+        worker = self.worker = self.make_worker(parts, agent, watch.on_turn)
+        await agent.start()
+        agent.add_to(server)
+        names = [*self.add_servicer(server, worker), *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR)]
+        self._health.add_to(server)
+        runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
+        worker.steps.start()
+        await server.start()
+        await self._bus.start()
+        self._health.set_ready()
+        self._tasks.append(asyncio.create_task(self._announcer.run(), name="announce"))
+        self._tasks.append(asyncio.create_task(self._watch_steps(worker), name="watch-steps"))
+        log.info(
+            "worker ready",
+            worker_id=self.identity.worker_id,
+            role=settings.role,
+            address=self.address,
+            blocks=num_blocks,
+            block_bytes=shape.block_bytes,
+            dtype=shape.dtype_name,
+            max_model_len=self._limits.max_model_len,
+        )
+
+    @property
+    def address(self) -> str:
+        return format_address(self.settings.public_host, self._port)
+
+    def _load_model(self) -> LoadedModel:
+        settings = self.settings
+        assert settings.model is not None  # the command line fills it in
+        return load_model(settings.model, dtype=settings.dtype, device=settings.device)
+
+    def _lay_out(self, loaded: LoadedModel, num_blocks: int, block_bytes: int) -> tuple[Engine, BlockMemory]:
+        """On a CPU the cache lies in memory that peers on the host can map; a GPU's cache has a staging area beside it."""
+        block_size = self.settings.block_size
+        if self.settings.threads_per_worker is not None:
+            set_num_threads(self.settings.threads_per_worker)
+        if loaded.device.type == "cpu":
+            memory = HostBlockMemory(num_blocks, block_bytes)
+            return Engine(loaded, num_blocks=num_blocks, block_size=block_size, memory=memory.tensor), memory
+        engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size)
+        return engine, StagedBlockMemory(engine.kv_cache, max(2, min(num_blocks, STAGING_BYTES // block_bytes)))
+
+    def _make_bus(self) -> Bus:
+        settings = self.settings
+        if settings.nats_url is None:
+            return NoBus()
+        token = settings.nats_token_file.read_text().strip() if settings.nats_token_file else None
+        return NatsBus(settings.nats_url, name=settings.worker_id or settings.role, token=token)
+
+    def _make_limits(self, loaded: LoadedModel, num_blocks: int) -> SchedulerLimits:
+        settings, longest = self.settings, loaded.config.max_position_embeddings
+        if settings.max_model_len is not None and settings.max_model_len > longest:
+            raise ConfigurationError(
+                f"--max-model-len {settings.max_model_len} is above the model's own limit of {longest} tokens"
+            )
+        max_model_len = settings.max_model_len or longest
+        capacity = num_blocks * settings.block_size
+        if max_model_len > capacity:
+            if settings.max_model_len is not None:
+                raise ConfigurationError(
+                    f"--kv-cache-memory {settings.kv_cache_memory.human_readable()} holds {capacity} tokens, fewer than "
+                    f"--max-model-len {max_model_len}: give more memory or a smaller length"
+                )
+            log.warning("context shortened to what the KV cache holds", model=max_model_len, tokens=capacity)
+            max_model_len = capacity
+        return SchedulerLimits(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+            max_model_len=max_model_len,
+        )
+
+    async def wait_failed(self) -> None:
+        assert self.worker is not None
+        await self.worker.broken.wait()
+
+    async def drain(self) -> None:
+        assert self.worker is not None
+        self._health.set_draining()
+        self._announcer.announce()
+        await self.worker.drain()
+        await self._agent.drain()
+
+    async def drain_within(self, timeout_s: float) -> int:
+        """Drains on somebody's request; returns how many requests were left when the time was over."""
+        assert self.worker is not None
+        try:
+            async with asyncio.timeout(timeout_s or self.settings.drain_timeout_s):
+                await self.drain()
+        except TimeoutError:
+            return self.worker.num_active
+        return 0
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self.worker is None:
+            await self._bus.close()
+            return
+        self._announcer.announce(leaving=True)
+        await self.worker.stop_requests()
+        await self._agent.close()
+        await self._server.stop(grace=0.5)
+        await self.worker.steps.stop()
+        await self._bus.close()
+        self._memory.close()
+
+    async def status(self) -> pb.WorkerStatus:
+        """The worker as it is now, not as it was at the last report."""
+        assert self.worker is not None
+        self._report = await self.worker.steps.call(
+            lambda scheduler: make_report(self._pool, scheduler, time.monotonic())
+        )
+        return self._status()
+
+    async def _block_names(self) -> Sequence[bytes]:
+        assert self.worker is not None
+        return await self.worker.steps.call(lambda scheduler: self._pool.names())
+
+    def _on_report(self, report: PoolReport) -> None:
+        self._report = report
+
+    async def _watch_steps(self, worker: WorkerT) -> None:
+        """A step loop that makes no progress makes the worker not serving: whoever watches health restarts it."""
+        while True:
+            await asyncio.sleep(1.0)
+            stuck_s = time.monotonic() - worker.steps.progress_s
+            if stuck_s > STUCK_AFTER_S:
+                self._health.set_dead(f"no step ended for {stuck_s:.0f} s")
+                worker.broken.set()
+                return
+
+    def _status(self) -> pb.WorkerStatus:
+        worker, report = self.worker, self._report
+        layout = self._layout
+        status = pb.WorkerStatus(
+            identity=self.identity,
+            role=convert.role_to_wire(Role(self.settings.role)),
+            state=pb.WORKER_STATE_DRAINING if self._health.is_draining else pb.WORKER_STATE_READY,
+            pid=os.getpid(),
+            address=self.address,
+            model=self.settings.served_model_name or self.settings.model or "",
+            compatibility=pb.Compatibility(
+                model_fingerprint=self._compatibility.model_fingerprint,
+                layout=pb.KVLayout(
+                    num_layers=layout.num_layers,
+                    num_kv_heads=layout.num_kv_heads,
+                    head_dim=layout.head_dim,
+                    block_size=layout.block_size,
+                    dtype=layout.dtype,
+                    order=layout.order,
+                ),
+                protocol_version=self._compatibility.protocol_version,
+            ),
+            max_model_len=self._limits.max_model_len,
+            max_num_seqs=self._limits.max_num_seqs,
+            max_num_batched_tokens=self._limits.max_num_batched_tokens,
+            kv_data_address=self._agent.data_address,
+            host_id=host_id(),
+            kv_event_seq=self._announcer.kv_sequence,
+            fenced_total=self._agent.stats.fenced,
+            kv_transfer_bytes_total=dict(self._agent.stats.bytes_received),
+        )
+        if worker is not None:
+            status.prefill_s_per_token = worker.speed.prefill_s_per_token
+            status.decode_step_s = worker.speed.decode_step_s
+            status.prompt_tokens_total = worker.speed.prompt_tokens_total
+            status.generation_tokens_total = worker.speed.generation_tokens_total
+        if report is not None:
+            _add_report(status, report)
+        return status
+
+
+def _add_report(status: pb.WorkerStatus, report: PoolReport) -> None:
+    counts, stats = report.counts, report.stats
+    status.kv_blocks.total = counts.total
+    status.kv_blocks.free = counts.free
+    status.kv_blocks.cached = counts.cached
+    status.kv_blocks.request = counts.request
+    status.kv_blocks.transfer = counts.transfer
+    status.kv_blocks.quarantine = counts.quarantine
+    status.overdue = report.num_overdue
+    status.ledger_error = counts.error
+    status.queued = stats.queued
+    status.running = stats.running
+    status.queued_tokens = stats.queued_tokens
+    status.preemptions_total = stats.preemptions_total
+
+
+def host_id() -> str:
+    """Equal for processes that share a kernel, and so can share memory."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return boot_id.read_text().strip() if boot_id.exists() else f"{platform.node()}-{uuid.getnode():x}"

@@ -1,0 +1,24 @@
+"""What a worker of either kind is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.block_hash import BlockNamer
+from baton.services.core.block_pool import BlockPool
+from baton.services.core.scheduler.base import SchedulerLimits
+from baton.services.worker.step_loop import StepEngine
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """Made by the host once the model is loaded; the worker builds its scheduler on top."""
+
+    identity: pb.WorkerIdentity
+    pool: BlockPool
+    limits: SchedulerLimits
+    engine: StepEngine
+    namer: BlockNamer
+    vocab_size: int
+    prefix_caching: bool

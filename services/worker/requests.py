@@ -1,0 +1,64 @@
+"""The requests that a worker is running, and what it tells their gateways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.errors import BatonError
+from baton.services.core.request import Request
+from baton.services.core.scheduler.base import RequestUpdate
+from baton.services.runtime import convert
+from baton.services.worker.session import Session
+
+
+def scheduler_id(request_id: str, attempt: int) -> str:
+    """The name of one attempt inside a worker: the next attempt may arrive before the last one is cleared away."""
+    return f"{request_id}#{attempt}"
+
+
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """One attempt at one request on this worker, from its start command to its last output."""
+
+    session: Session
+    request_id: str
+    attempt: int
+    request: Request
+    num_prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = self.request.num_prompt_tokens
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    def output(self, update: RequestUpdate) -> pb.RequestOutput:
+        """What ``update`` means to the gateway."""
+        output = pb.RequestOutput(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            first_index=update.first_index,
+            tokens=[convert.token_to_wire(token) for token in update.new_tokens],
+        )
+        if update.finished:
+            output.finish_reason = convert.finish_reason_to_wire(self.request.finish_reason)
+            if self.request.stop_token_id is not None:
+                output.stop_token_id = self.request.stop_token_id
+        if update.prefill is not None:
+            output.prefill.cached_tokens = update.prefill.num_cached_tokens
+            output.prefill.queue_ms = update.prefill.queue_s * 1e3
+            output.prefill.prefill_ms = update.prefill.prefill_s * 1e3
+        if update.prompt_logprobs is not None:
+            prompt = zip(self.request.token_ids, update.prompt_logprobs, strict=False)
+            output.prompt_tokens.extend(convert.logprobs_to_wire(token_id, logprobs) for token_id, logprobs in prompt)
+        return output
+
+    def failure(self, error: BatonError) -> pb.RequestOutput:
+        return pb.RequestOutput(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            finish_reason=pb.FINISH_REASON_ERROR,
+            error=convert.error_to_wire(error),
+        )

@@ -1,0 +1,239 @@
+"""What prefill and decode workers share: sessions with gateways, the requests that run, the step thread, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic
+
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.request import Request
+from baton.services.core.scheduler.base import RequestUpdate, Reservation
+from baton.services.runtime import convert
+from baton.services.worker.parts import WorkerParts
+from baton.services.worker.requests import ActiveRequest, scheduler_id
+from baton.services.worker.session import Session
+from baton.services.worker.step_loop import SchedulerT, StepEvents, StepLoop
+
+log = structlog.get_logger(__name__)
+
+
+class Worker(ABC, Generic[SchedulerT]):
+    """Lives on the event loop; everything about blocks and batches happens on the step thread."""
+
+    def __init__(
+        self,
+        parts: WorkerParts,
+        scheduler: SchedulerT,
+        *,
+        on_turn: Callable[[SchedulerT, float], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.identity = parts.identity
+        self.limits = parts.limits
+        self.speed = Speed()
+        self.is_draining = False
+        self.broken = asyncio.Event()  # the step loop cannot go on
+        self._parts = parts
+        self._clock = clock
+        self._active: dict[str, ActiveRequest] = {}
+        self._sessions: set[Session] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._emptied = asyncio.Event()
+        self._emptied.set()
+        self.steps = StepLoop(
+            scheduler,
+            parts.engine,
+            loop=asyncio.get_running_loop(),
+            on_events=self._on_events,
+            on_turn=on_turn,
+            on_broken=self._on_broken,
+            clock=clock,
+        )
+
+    @property
+    def incarnation(self) -> str:
+        return self.identity.incarnation
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    # Called by the stream.
+
+    def open_session(self, gateway: pb.WorkerIdentity) -> Session:
+        session = Session(gateway)
+        self._sessions.add(session)
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """The gateway is gone or has hung up: nobody waits for its requests any more."""
+        self._sessions.discard(session)
+        for active in [active for active in self._active.values() if active.session is session]:
+            self._give_up(active, "the gateway's stream ended")
+
+    def cancel(self, session: Session, request_id: str, attempt: int) -> None:
+        active = self._active.get(scheduler_id(request_id, attempt))
+        if active is not None and active.session is session:
+            self._give_up(active, "cancelled by the gateway")
+
+    def admit(self, session: Session, spec: pb.GenerationSpec) -> ActiveRequest | None:
+        """Takes a request in. What is wrong with it goes back on the stream; the stream itself lives on."""
+        try:
+            if self.is_draining:
+                raise BatonError(ErrorCode.DRAINING, "this worker is draining", retryable=True)
+            request = convert.request_from_wire(spec, self._clock(), self._parts.vocab_size)
+            request.request_id = scheduler_id(spec.request_id, spec.attempt)
+            if request.request_id in self._active:
+                raise BatonError(ErrorCode.INVALID_REQUEST, f"request {request.request_id} is already running")
+        except BatonError as error:
+            refused = Request(spec.request_id, spec.attempt, [0], 1, convert.sampling_from_wire(spec.sampling))
+            session.send([ActiveRequest(session, spec.request_id, spec.attempt, refused).failure(error)])
+            return None
+        active = ActiveRequest(session, spec.request_id, spec.attempt, request)
+        self._active[active.id] = active
+        self._emptied.clear()
+        return active
+
+    def block_names(self, request: Request) -> list[bytes]:
+        """Names of the blocks of the request's tokens."""
+        return self._parts.namer.names(request.token_ids, self._parts.pool.block_size, request.cache_salt)
+
+    # For the two kinds of worker.
+
+    @abstractmethod
+    def _give_up(self, active: ActiveRequest, reason: str) -> None:
+        """Frees everything that the request holds here and at its peer. The gateway wants to hear no more of it."""
+
+    def _on_started(self, active: ActiveRequest) -> None:
+        """The first step that computes for the request begins."""
+
+    def _on_granted(self, reservation: Reservation) -> None:
+        """A reservation that had to wait has its blocks."""
+
+    @abstractmethod
+    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
+        """The request got further; returns what the gateway is told."""
+
+    def enqueue(self, active: ActiveRequest) -> None:
+        """Queues the request with the scheduler. A refusal ends it with an error output."""
+        self.spawn(self._enqueue(active), name=f"enqueue-{active.id}")
+
+    async def _enqueue(self, active: ActiveRequest) -> None:
+        try:
+            await self.steps.call(lambda scheduler: scheduler.add(active.request))
+        except BatonError as error:
+            self.fail(active, error)
+        else:
+            if active.id not in self._active:  # given up while it was on its way to the step thread
+                self.steps.post(lambda scheduler: scheduler.abort(active.id))
+
+    def fail(self, active: ActiveRequest, error: BatonError) -> None:
+        """Ends a request with an error, here and at its gateway. Its blocks are the caller's business."""
+        if self.forget(active):
+            active.session.send([active.failure(error)])
+
+    def forget(self, active: ActiveRequest) -> bool:
+        """Takes the request off the list. False when it was off already."""
+        was_active = self._active.pop(active.id, None) is not None
+        if not self._active:
+            self._emptied.set()
+        return was_active
+
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Runs ``work`` beside everything else. A failure is a bug, and is logged as one."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._end_task)
+        return task
+
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("task failed", task=task.get_name(), exc_info=task.exception())
+
+    # From the step thread.
+
+    def _on_events(self, events: StepEvents) -> None:
+        for request in events.started:
+            if (active := self._active.get(request.request_id)) is not None:
+                self._on_started(active)
+        for reservation in events.granted:
+            self._on_granted(reservation)
+        outputs: dict[Session, list[pb.RequestOutput]] = {}
+        for update in events.updates:
+            active = self._active.get(update.request.request_id)
+            if active is None:
+                continue
+            output = self._on_update(active, update)
+            if output is not None:
+                outputs.setdefault(active.session, []).append(output)
+        for session, session_outputs in outputs.items():
+            session.send(session_outputs)
+        for request in events.expired:
+            self._end_with_error(
+                request, BatonError(ErrorCode.DEADLINE_EXCEEDED, "the request's time was over before it could run")
+            )
+        for request, reason in events.failed:
+            self._end_with_error(request, BatonError(ErrorCode.INTERNAL, reason, retryable=True))
+        self.speed.observe(events.step_s, events.num_prompt_tokens, events.num_sampled)
+
+    def _end_with_error(self, request: Request, error: BatonError) -> None:
+        active = self._active.get(request.request_id)
+        if active is not None:
+            active.session.send([active.failure(error)])
+            self._give_up(active, error.message)
+
+    def _on_broken(self, reason: str) -> None:
+        log.error("the step loop is broken", reason=reason)
+        self.broken.set()
+
+    # Ending.
+
+    async def drain(self) -> None:
+        """Refuses what is new and returns when nothing runs any more."""
+        self.is_draining = True
+        await self._emptied.wait()
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Waits for what follows a request's end: aborts that peers must hear."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def stop_requests(self) -> None:
+        """Gives up what is left, and returns when the peers know."""
+        self.is_draining = True
+        for active in list(self._active.values()):
+            active.session.send(
+                [active.failure(BatonError(ErrorCode.DRAINING, "the worker is stopping", retryable=True))]
+            )
+            self._give_up(active, "the worker is stopping")
+        await self._settle()
+
+
+class Speed:
+    """How fast steps went lately: exponentially weighted, so that a change shows within about 20 steps."""
+
+    def __init__(self) -> None:
+        self.prefill_s_per_token = 0.0
+        self.decode_step_s = 0.0
+        self.prompt_tokens_total = 0
+        self.generation_tokens_total = 0
+
+    def observe(self, step_s: float, num_prompt_tokens: int, num_sampled: int) -> None:
+        """One step computed so many prompt tokens and drew so many new ones."""
+        self.generation_tokens_total += num_sampled
+        self.prompt_tokens_total += num_prompt_tokens
+        if num_prompt_tokens > 4 * num_sampled:  # what the few decodes beside them took does not matter
+            self.prefill_s_per_token = _blend(self.prefill_s_per_token, step_s / num_prompt_tokens)
+        elif num_sampled and not num_prompt_tokens:
+            self.decode_step_s = _blend(self.decode_step_s, step_s)
+
+
+def _blend(before: float, now: float) -> float:
+    return now if before == 0.0 else 0.9 * before + 0.1 * now
