@@ -1,0 +1,331 @@
+"""The blocks of a KV cache: who holds them, what they are called, which one is reused next, and a ledger of it all.
+
+A block has two possible owners at once, requests and transfers, each with a count of its own. It is in exactly one state:
+
+    state       request refs  transfer refs  name     reusable
+    request     > 0           any            any      no
+    transfer    0             > 0            any      no
+    quarantine  0             0              none     no: a write could still land in it
+    cached      0             0              known    yes, least recently used first
+    free        0             0              none     yes, before any cached one
+
+Reuse order is exact: blocks that hold nothing, then cached blocks by the time their last holder let go. A holder lets
+go of its blocks tail first, so a chain loses its tail before its shared head. Every operation is O(1) a block.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from baton.services.core.block_state import Block, BlockCounts, BlockState, Hold, LedgerEntry, Owner
+
+
+@dataclass(frozen=True, slots=True)
+class NameEvents:
+    """Which names can be found since the last time, and which no longer. A name is in at most one of the two."""
+
+    stored: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
+
+
+class BlockPool:
+    """A fixed number of blocks with ids from 0. Not thread-safe: one thread owns it."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} blocks of {block_size} tokens")
+        self.block_size = block_size
+        self._blocks = [Block() for _ in range(num_blocks)]
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is used first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._by_name: dict[bytes, int] = {}
+        self._quarantine: dict[int, Hold] = {}
+        self._holds: set[Hold] = set()  # those that hold blocks
+        self._num_request = 0
+        self._num_transfer = 0
+        self._changed_names: dict[bytes, bool] = {}  # name -> it can be found
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that ``allocate`` can give out now, evicting cached ones where it must."""
+        return len(self._free) + len(self._cached)
+
+    # Taking and letting go
+
+    def allocate(self, num_blocks: int, hold: Hold) -> list[int]:
+        """Give ``num_blocks`` reusable blocks, each of a new generation, to ``hold``.
+
+        Raises ValueError where fewer are available; then nothing has changed.
+        """
+        if num_blocks > self.num_available:
+            raise ValueError(f"{num_blocks} blocks wanted, {self.num_available} of {self.num_blocks} available")
+        free, cached, blocks = self._free, self._cached, self._blocks
+        is_request = hold.owner is Owner.REQUEST
+        taken: list[int] = []
+        for _ in range(num_blocks):
+            if free:
+                block_id = free.pop()
+                block = blocks[block_id]
+            else:
+                block_id, _none = cached.popitem(last=False)
+                block = blocks[block_id]
+                self._forget_name(block)
+            block.generation += 1
+            if is_request:
+                block.request_refs = 1
+                block.request_hold = hold
+            else:
+                block.transfer_refs = 1
+                block.transfer_hold = hold
+            taken.append(block_id)
+        if is_request:
+            self._num_request += num_blocks
+        else:
+            self._num_transfer += num_blocks
+        self._count(hold, num_blocks)
+        return taken
+
+    def acquire(self, block_ids: Sequence[int], hold: Hold) -> None:
+        """Add ``hold`` to blocks that are cached or held already."""
+        is_request = hold.owner is Owner.REQUEST
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if not block.request_refs and not block.transfer_refs:
+                if block_id not in self._cached:
+                    raise ValueError(f"block {block_id} holds nothing that could be shared")
+                del self._cached[block_id]
+                if is_request:
+                    self._num_request += 1
+                else:
+                    self._num_transfer += 1
+            elif is_request and not block.request_refs:
+                self._num_transfer -= 1
+                self._num_request += 1
+            if is_request:
+                block.request_refs += 1
+                block.request_hold = hold
+            else:
+                block.transfer_refs += 1
+                block.transfer_hold = hold
+        self._count(hold, len(block_ids))
+
+    def release(self, block_ids: Sequence[int], hold: Hold) -> None:
+        """Let ``hold`` go of blocks, in the order of their chain. What nobody holds any more becomes cached, or free."""
+        free, cached, blocks = self._free, self._cached, self._blocks
+        is_request = hold.owner is Owner.REQUEST
+        self._count(hold, -len(block_ids))
+        for block_id in reversed(block_ids):
+            block = blocks[block_id]
+            if is_request:
+                if not block.request_refs:
+                    raise ValueError(f"no request holds block {block_id}, which {hold} lets go")
+                block.request_refs -= 1
+                if block.request_refs:
+                    continue
+                block.request_hold = None
+                self._num_request -= 1
+                if block.transfer_refs:
+                    self._num_transfer += 1
+                    continue
+            else:
+                if not block.transfer_refs:
+                    raise ValueError(f"no transfer holds block {block_id}, which {hold} lets go")
+                block.transfer_refs -= 1
+                if block.transfer_refs:
+                    continue
+                block.transfer_hold = None
+                if block.request_refs:
+                    continue
+                self._num_transfer -= 1
+            if block.name is None:
+                free.append(block_id)
+            else:
+                cached[block_id] = None
+
+    def quarantine(self, block_ids: Sequence[int], hold: Hold) -> None:
+        """Take blocks from a transfer that gave up while writes could still land. They stay out of use, ``hold`` with them.
+
+        Raises ValueError for a block that is not this transfer's alone, and for a named one: a name is given only
+        after the last write.
+        """
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if (
+                block.request_refs
+                or block.transfer_refs != 1
+                or block.transfer_hold is not hold
+                or block.name is not None
+            ):
+                raise ValueError(f"block {block_id} is not {hold}'s alone and unnamed")
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            block.transfer_refs = 0
+            block.transfer_hold = None
+            self._quarantine[block_id] = hold
+        self._num_transfer -= len(block_ids)
+
+    def release_quarantine(self, block_ids: Sequence[int]) -> None:
+        """No write can land any more: the blocks are free."""
+        for block_id in reversed(block_ids):
+            hold = self._quarantine.pop(block_id, None)
+            if hold is None:
+                raise ValueError(f"block {block_id} is not in quarantine")
+            self._count(hold, -1)
+            self._free.append(block_id)
+
+    # Names
+
+    def name_block(self, block_id: int, name: bytes) -> bool:
+        """Call a held block ``name`` from now on, in place of an earlier name. Its contents must not change any more.
+
+        False, and no name, where another block is called so already: of two equal blocks one is enough.
+        """
+        block = self._blocks[block_id]
+        if not block.request_refs and not block.transfer_refs:
+            raise ValueError(f"block {block_id} is held by nobody")
+        if block.name == name:
+            return True
+        self._forget_name(block)
+        if name in self._by_name:
+            return False
+        block.name = name
+        self._by_name[name] = block_id
+        self._changed_names[name] = True
+        return True
+
+    def lookup(self, names: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest prefix of ``names`` that is here. Changes nothing; ``acquire`` makes them stay."""
+        find = self._by_name.get
+        found: list[int] = []
+        for name in names:
+            block_id = find(name)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def names(self) -> tuple[bytes, ...]:
+        """All names that can be found now: the snapshot that a listener needs after it missed events."""
+        return tuple(self._by_name)
+
+    def take_events(self) -> NameEvents:
+        """Changes of names since the last call. A name that came and went is reported as removed."""
+        changed, self._changed_names = self._changed_names, {}
+        return NameEvents(
+            stored=tuple(name for name, is_here in changed.items() if is_here),
+            removed=tuple(name for name, is_here in changed.items() if not is_here),
+        )
+
+    def clear_cache(self) -> int:
+        """Forget every cached block; how many. Blocks that are held keep their names."""
+        num_cached = len(self._cached)
+        for block_id in self._cached:
+            self._forget_name(self._blocks[block_id])
+        self._free.extend(reversed(self._cached))
+        self._cached.clear()
+        return num_cached
+
+    # The ledger
+
+    def generation(self, block_id: int) -> int:
+        """How often the block was given out. What was meant for another generation must not touch it."""
+        return self._blocks[block_id].generation
+
+    def is_idle(self, block_id: int) -> bool:
+        """Nobody holds the block, so that acquiring it takes it out of ``num_available``."""
+        block = self._blocks[block_id]
+        return not block.request_refs and not block.transfer_refs
+
+    def counts(self) -> BlockCounts:
+        """Blocks by state, from running counters. Their sum is the total, or there is a bug: ``BlockCounts.error``."""
+        return BlockCounts(
+            total=len(self._blocks),
+            free=len(self._free),
+            cached=len(self._cached),
+            request=self._num_request,
+            transfer=self._num_transfer,
+            quarantine=len(self._quarantine),
+        )
+
+    def overdue(self, now: float) -> int:
+        """Blocks held past the deadline of their holder; a block with two such holders counts twice."""
+        return sum(h.num_blocks for h in self._holds if h.deadline_s is not None and h.deadline_s < now)
+
+    def ledger(self) -> Iterator[LedgerEntry]:
+        """Every block that is not free, with its holders, in the order of ids."""
+        for block_id, block in enumerate(self._blocks):
+            state = self._state(block_id)
+            if state is BlockState.FREE:
+                continue
+            transfer = block.transfer_hold or self._quarantine.get(block_id)
+            deadlines = [h.deadline_s for h in (block.request_hold, transfer) if h and h.deadline_s is not None]
+            yield LedgerEntry(
+                block_id=block_id,
+                state=state,
+                generation=block.generation,
+                name=block.name,
+                request_refs=block.request_refs,
+                transfer_refs=block.transfer_refs,
+                request_id=block.request_hold.holder if block.request_hold else None,
+                handoff=transfer.holder if transfer else None,
+                deadline_s=min(deadlines, default=None),
+            )
+
+    def check_integrity(self) -> int:
+        """Walk all blocks and compare with every counter, list and index. Returns total minus the sum of the states.
+
+        Raises RuntimeError naming the first block or count that contradicts another.
+        """
+        seen = dict.fromkeys(BlockState, 0)
+        num_refs = num_named = 0
+        for block_id, block in enumerate(self._blocks):
+            seen[self._state(block_id)] += 1
+            num_refs += block.request_refs + block.transfer_refs
+            num_named += block.name is not None
+            if block.name is not None and self._by_name.get(block.name) != block_id:
+                raise RuntimeError(f"block {block_id} is called {block.name.hex()}, but that name finds another block")
+        counts = self.counts()
+        for state, num in seen.items():
+            if counts.by_state(state) != num:
+                raise RuntimeError(f"{num} blocks are in state {state}, but {counts.by_state(state)} are counted")
+        for state, listed in ((BlockState.FREE, self._free), (BlockState.CACHED, self._cached)):
+            if len(set(listed)) != len(listed) or any(self._state(block_id) is not state for block_id in listed):
+                raise RuntimeError(f"the list of {state} blocks holds one twice, or one in another state")
+        if len(self._by_name) != num_named:
+            raise RuntimeError(f"{len(self._by_name)} names are known for {num_named} named blocks")
+        if (held := sum(h.num_blocks for h in self._holds)) != num_refs + len(self._quarantine):
+            raise RuntimeError(
+                f"holders count {held} blocks, the blocks {num_refs} + {len(self._quarantine)} references"
+            )
+        return counts.error
+
+    def _state(self, block_id: int) -> BlockState:
+        block = self._blocks[block_id]
+        if block_id in self._quarantine:
+            return BlockState.QUARANTINE
+        if block.request_refs:
+            return BlockState.REQUEST
+        if block.transfer_refs:
+            return BlockState.TRANSFER
+        return BlockState.FREE if block.name is None else BlockState.CACHED
+
+    def _count(self, hold: Hold, change: int) -> None:
+        if hold.num_blocks + change < 0:
+            raise ValueError(f"{hold} has {hold.num_blocks} blocks and lets {-change} go")
+        hold.num_blocks += change
+        if hold.num_blocks:
+            self._holds.add(hold)
+        else:
+            self._holds.discard(hold)
+
+    def _forget_name(self, block: Block) -> None:
+        if block.name is not None:
+            del self._by_name[block.name]
+            self._changed_names[block.name] = False
+            block.name = None

@@ -1,0 +1,86 @@
+"""What the block pool knows of a block, and what its ledger shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+
+class Owner(Enum):
+    """The two kinds of owners that a block may have at once."""
+
+    REQUEST = "request"
+    TRANSFER = "transfer"
+
+
+class BlockState(StrEnum):
+    """Exclusive states; the blocks of a pool are the sum over them."""
+
+    FREE = "free"  # holds nothing
+    CACHED = "cached"  # holds a named block that nobody uses: evictable prefix cache
+    REQUEST = "request"  # held by a request
+    TRANSFER = "transfer"  # held by a transfer only
+    QUARANTINE = "quarantine"  # given up, but a write could still land
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """One holder of any number of blocks. ``deadline_s``, on the worker's clock, may move while it holds them."""
+
+    owner: Owner
+    holder: str  # request id; for a transfer "request id/attempt"
+    deadline_s: float | None = None
+    num_blocks: int = 0  # kept by the pool
+
+    def __str__(self) -> str:
+        return f"{self.owner.value} {self.holder}"
+
+
+class Block:
+    """One block's entry in the pool."""
+
+    __slots__ = ("generation", "name", "request_hold", "request_refs", "transfer_hold", "transfer_refs")
+
+    def __init__(self) -> None:
+        self.generation = 0  # grows each time the block is given out
+        self.name: bytes | None = None
+        self.request_refs = 0
+        self.transfer_refs = 0
+        self.request_hold: Hold | None = None  # the latest of them; set while request_refs > 0
+        self.transfer_hold: Hold | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """Blocks of a pool by state."""
+
+    total: int
+    free: int
+    cached: int
+    request: int
+    transfer: int
+    quarantine: int
+
+    @property
+    def error(self) -> int:
+        """Total minus the sum of the states: 0, or a bug."""
+        return self.total - self.free - self.cached - self.request - self.transfer - self.quarantine
+
+    def by_state(self, state: BlockState) -> int:
+        count: int = getattr(self, state.value)
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One line of the ledger."""
+
+    block_id: int
+    state: BlockState
+    generation: int
+    name: bytes | None
+    request_refs: int
+    transfer_refs: int
+    request_id: str | None  # the latest request that holds it
+    handoff: str | None  # the latest transfer that holds it, or left it in quarantine
+    deadline_s: float | None  # the earliest of theirs
