@@ -1,0 +1,236 @@
+"""The prefill pool's policy: compute prompts in chunks, then hold their blocks until the receiver has them.
+
+A prompt's blocks are all taken when it is admitted, since their number is known; so running prompts never need a block
+and nothing is ever preempted here. A prompt goes through
+
+    WAITING -> RUNNING -> HANDING_OVER -> FINISHED
+
+or ends at its first token, or by ``abort`` anywhere. Blocks that were reported as complete belong to the transfer as
+well, from that report to ``release``: an aborted request leaves them to it, because a peer may be reading them.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import islice
+
+from baton.services.core.block_hash import BlockNamer
+from baton.services.core.block_pool import BlockPool
+from baton.services.core.block_state import Hold, Owner
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.request import FinishReason, Request, RequestState
+from baton.services.core.scheduler.base import (
+    RequestUpdate,
+    ScheduledRequest,
+    SchedulerLimits,
+    SchedulerOutput,
+    SchedulerStats,
+    StepResult,
+)
+from baton.services.core.scheduler.block_tables import BlockTables, Sequence
+from baton.services.core.scheduler.chunking import share_tokens
+from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token
+from baton.services.core.scheduler.progress import prefill_info, record_chunk
+
+# Waiting prompts whose cached prefix is looked up in one step; so many cannot all get tokens in it anyway.
+MAX_LOOKAHEAD = 16
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """The blocks of one handoff that a peer may read."""
+
+    hold: Hold
+    block_ids: list[int] = field(default_factory=list)
+
+
+class PrefillScheduler:
+    """First come, first served, under a token budget in which short prompts have a share."""
+
+    def __init__(
+        self, pool: BlockPool, namer: BlockNamer, limits: SchedulerLimits, *, enable_prefix_caching: bool = True
+    ) -> None:
+        self.pool = pool
+        self.limits = limits
+        self._tables = BlockTables(pool, namer, enable_prefix_caching=enable_prefix_caching)
+        self._sequences: dict[str, Sequence] = {}  # everything that has not ended
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: list[Sequence] = []  # oldest first
+        self._outgoing: dict[tuple[str, int], _Outgoing] = {}  # by request id and attempt; outlives the request
+        self._num_added = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a prompt. Raises BatonError for one that this worker can never compute, or has already."""
+        if request.request_id in self._sequences:
+            raise BatonError(ErrorCode.INVALID_REQUEST, f"request {request.request_id} is already on this worker")
+        check_can_be_served(request, self.pool, self.limits.max_model_len, request.num_tokens)
+        sequence = self._tables.open(request, self._num_added)
+        self._num_added += 1
+        self._sequences[request.request_id] = self._waiting[request.request_id] = sequence
+
+    def is_handed_over(self, request: Request) -> bool:
+        """A handoff will follow, unless the first token happens to end the request."""
+        return not ends_with_next_token(request, self.limits.max_model_len)
+
+    def block_names(self, request_id: str) -> list[bytes]:
+        """Names of the prompt's blocks, full ones, then a partial one. Raises KeyError for a request that is not here."""
+        return self._sequences[request_id].initial_names
+
+    def schedule(self, now: float) -> SchedulerOutput:
+        output = SchedulerOutput(expired=self._expire(now))
+        arrivals = self._find_room()
+        remaining = [sequence.request.num_uncomputed_tokens for sequence in self._running]
+        remaining += [self._tables.num_to_compute(sequence) for sequence in arrivals]
+        shares = share_tokens(remaining, self.limits.max_num_batched_tokens, self.limits.short_prompt_share)
+        # A copy: admission adds to the running ones.
+        for sequence, share in zip([*self._running, *arrivals], shares, strict=True):
+            request = sequence.request
+            if share and (request.state is RequestState.RUNNING or self._admit(sequence, now)):
+                output.scheduled.append(ScheduledRequest(request, min(share, request.num_uncomputed_tokens)))
+        return output
+
+    def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestUpdate]:
+        return [
+            self._advance(sequence, item, result, now)
+            for item in output.scheduled
+            if (sequence := self._sequences.get(item.request.request_id)) and sequence.request is item.request
+        ]
+
+    def release(self, request_id: str, attempt: int | None = None) -> bool:
+        """The receiver has acknowledged, or the handoff was given up and nothing reads the blocks any more.
+
+        They become evictable cache. Of several attempts only ``attempt``, by default all. False where none is known,
+        which is no error: a request that ends before anything was reported has nothing to release.
+        """
+        keys = [key for key in self._outgoing if key[0] == request_id and attempt in (None, key[1])]
+        for key in keys:
+            outgoing = self._outgoing.pop(key)
+            self.pool.release(outgoing.block_ids, outgoing.hold)
+        sequence = self._sequences.get(request_id)
+        if sequence is None or attempt not in (None, sequence.request.attempt):
+            return bool(keys)
+        if sequence.request.state is RequestState.HANDING_OVER:
+            self._end(sequence, None)
+        return True
+
+    def renew_lease(self, request_id: str, attempt: int, now: float) -> None:
+        """The transfer is alive: its blocks are overdue only after another lease."""
+        if outgoing := self._outgoing.get((request_id, attempt)):
+            outgoing.hold.deadline_s = now + self.limits.transfer_lease_s
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request in any state. Blocks that were reported stay the transfer's until ``release``."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return None
+        self._end(sequence, FinishReason.ABORT)
+        return sequence.request
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            queued=len(self._waiting),
+            running=len(self._running),
+            queued_tokens=sum(
+                sequence.request.num_uncomputed_tokens
+                for sequence in self._sequences.values()
+                if sequence.request.state is not RequestState.HANDING_OVER
+            ),
+            handing_over=len(self._sequences) - len(self._waiting) - len(self._running),
+        )
+
+    def _expire(self, now: float) -> list[Request]:
+        late = [s for s in self._waiting.values() if s.request.deadline_s is not None and s.request.deadline_s <= now]
+        for sequence in late:
+            self._end(sequence, FinishReason.ERROR)
+        return [sequence.request for sequence in late]
+
+    def _find_room(self) -> list[Sequence]:
+        """The head of the queue, as far as there are seats and blocks for it. Takes nothing yet.
+
+        In order: behind one that has no room nobody has, or the long would starve.
+        """
+        num_seats = self.limits.max_num_seqs - len(self._running)
+        room = self.pool.num_available
+        found: list[Sequence] = []
+        for sequence in islice(self._waiting.values(), min(num_seats, MAX_LOOKAHEAD)):
+            room -= self._tables.plan(sequence).num_taken
+            if room < 0:
+                break
+            found.append(sequence)
+        return found
+
+    def _admit(self, sequence: Sequence, now: float) -> bool:
+        plan = self._tables.plan(sequence)
+        # Those admitted just before may have evicted a prefix that was counted on.
+        if plan.num_taken > self.pool.num_available:
+            return False
+        request = sequence.request
+        del self._waiting[request.request_id]
+        self._tables.admit(sequence, plan)
+        insort(self._running, sequence, key=lambda running: running.order)
+        request.state = RequestState.RUNNING
+        request.first_scheduled_s = now
+        return True
+
+    def _advance(self, sequence: Sequence, item: ScheduledRequest, result: StepResult, now: float) -> RequestUpdate:
+        request = sequence.request
+        is_handed_over = self.is_handed_over(request)
+        samples = item.samples
+        record_chunk(sequence, item, result)
+        completed = self._tables.complete(sequence, with_partial=samples)
+        completed_ids = tuple(request.block_table[completed.start : completed.stop])
+        if not samples:
+            if not is_handed_over:
+                return RequestUpdate(request)
+            self._hand_to_transfer(request, completed_ids, now)
+            return RequestUpdate(request, completed_blocks=completed, completed_block_ids=completed_ids)
+
+        token = result.sampled[request.request_id]
+        first_index = request.num_output_tokens
+        reason = append_token(request, token.token_id, self.limits.max_model_len)
+        if reason is None:
+            self._hand_to_transfer(request, completed_ids, now)
+            self._running.remove(sequence)
+            request.state = RequestState.HANDING_OVER
+        else:
+            self._end(sequence, reason)
+            completed, completed_ids = range(0), ()
+        return RequestUpdate(
+            request,
+            new_tokens=(token,),
+            first_index=first_index,
+            finished=reason is not None,
+            handing_over=reason is None,
+            completed_blocks=completed,
+            completed_block_ids=completed_ids,
+            prefill=prefill_info(sequence, now),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if sequence.prompt_logprobs else None,
+        )
+
+    def _hand_to_transfer(self, request: Request, block_ids: tuple[int, ...], now: float) -> None:
+        """From here the transfer owns these blocks as well. A chunk that ends renews its lease."""
+        key = (request.request_id, request.attempt)
+        outgoing = self._outgoing.get(key)
+        if outgoing is None:
+            if not block_ids:
+                return
+            outgoing = self._outgoing[key] = _Outgoing(Hold(Owner.TRANSFER, f"{key[0]}/{key[1]}"))
+        self.pool.acquire(block_ids, outgoing.hold)
+        outgoing.block_ids += block_ids
+        outgoing.hold.deadline_s = now + self.limits.transfer_lease_s
+
+    def _end(self, sequence: Sequence, reason: FinishReason | None) -> None:
+        """``reason`` is None for a request that goes on elsewhere."""
+        request = sequence.request
+        del self._sequences[request.request_id]
+        if self._waiting.pop(request.request_id, None) is None and request.state is RequestState.RUNNING:
+            self._running.remove(sequence)
+        self._tables.free(sequence)
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
