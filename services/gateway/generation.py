@@ -56,5 +56,5 @@ class Dispatcher(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]: ...
 
     def finish(self, request: GenerationRequest, reason: str) -> None:
-        """The API layer's own end of the request (a stop string, say, found after the last delta was taken): for the receipt."""
+        """The API layer's own end of the request, at a stop string for example: for the receipt."""
         ...

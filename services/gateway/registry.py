@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import structlog
@@ -17,6 +18,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.services.core.cost_model import DEFAULT_DECODE_STEP_S, DEFAULT_PREFILL_S_PER_TOKEN, WorkerCost
+from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role, WorkerView
 from baton.services.gateway.worker_link import WorkerLink
 from baton.services.runtime.convert import STATE_NAMES, role_from_wire
@@ -108,8 +110,8 @@ class Registry:
             while True:
                 try:
                     self.heard(await _ask_status(channel))
-                except grpc.aio.AioRpcError as error:
-                    log.debug("static worker does not answer", address=address, code=error.code().name)
+                except (grpc.aio.AioRpcError, BatonError) as error:
+                    log.debug("static worker does not answer", address=address, cause=str(error))
                 await asyncio.sleep(every_s)
 
     async def close(self) -> None:
@@ -144,14 +146,18 @@ class Registry:
 
 async def _ask_status(channel: grpc.aio.Channel) -> pb.WorkerStatus:
     """A worker of either kind, asked about itself."""
-    try:
-        decode = decode_pb2_grpc.DecodeServiceStub(channel)
-        return (await decode.GetStatus(decode_pb2.GetStatusRequest(), timeout=5.0)).status
-    except grpc.aio.AioRpcError as error:
-        if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
-            raise
-        prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
-        return (await prefill.GetStatus(prefill_pb2.GetStatusRequest(), timeout=5.0)).status
+    stubs: list[tuple[Any, Any]] = [
+        (decode_pb2_grpc.DecodeServiceStub(channel), decode_pb2),
+        (prefill_pb2_grpc.PrefillServiceStub(channel), prefill_pb2),
+    ]
+    for stub, messages in stubs:
+        try:
+            status: pb.WorkerStatus = (await stub.GetStatus(messages.GetStatusRequest(), timeout=5.0)).status
+            return status
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+    raise BatonError(ErrorCode.NOT_FOUND, "this address has neither a prefill nor a decode service")
 
 
 def _view(known: KnownWorker) -> WorkerView:

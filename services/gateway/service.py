@@ -30,7 +30,7 @@ from baton.services.gateway.limits import Limits
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.served_model import ServedModel, read_generation_config
-from baton.services.gateway.tokenizer import load_tokenizer
+from baton.services.gateway.tokenizer import ModelTokenizer, load_tokenizer
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.block_key import read_block_key
 from baton.services.runtime.bus import Bus, NatsBus, NoBus
@@ -96,7 +96,7 @@ class GatewayService:
         self._health.set_ready()
         log.info("listening", rest=listener.getsockname()[1], grpc=self._grpc_port, model=model.name)
 
-    def _load_model(self) -> tuple[ServedModel, object]:
+    def _load_model(self) -> tuple[ServedModel, ModelTokenizer]:
         settings = self._settings
         assert settings.model is not None  # the command line fills it in
         folder = resolve_model_folder(settings.model)
@@ -224,7 +224,7 @@ class GatewayService:
 class _Server(uvicorn.Server):
     """Signals belong to the process, not to its HTTP server."""
 
-    def capture_signals(self):  # type: ignore[no-untyped-def, override]
+    def capture_signals(self):  # type: ignore[no-untyped-def]
         from contextlib import nullcontext
 
         return nullcontext()

@@ -67,14 +67,10 @@ class WorkerLink:
         """Holds the stream until it breaks or the task is cancelled."""
         reason = "connection closed"
         async with create_channel(self.address) as channel:
-            if self.role is Role.PREFILL:
-                call = prefill_pb2_grpc.PrefillServiceStub(channel).Open()
-                hello = prefill_pb2.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
-                await call.write(prefill_pb2.OpenRequest(hello=hello))
-            else:
-                call = decode_pb2_grpc.DecodeServiceStub(channel).Open()
-                hello = decode_pb2.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
-                await call.write(decode_pb2.OpenRequest(hello=hello))
+            messages = self._messages
+            call = self._stub(channel).Open()
+            hello = messages.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
+            await call.write(messages.OpenRequest(hello=hello))
             writer = asyncio.create_task(self._write(call))
             try:
                 await call.initial_metadata()  # the worker has accepted the hello
@@ -97,23 +93,27 @@ class WorkerLink:
         self._open[key] = _Open(arrivals, len(spec.token_ids))
         if not self.is_connected:
             self._fail(key, "not connected")
-        elif isinstance(request, prefill_pb2.Start):
-            self._commands.put_nowait(prefill_pb2.OpenRequest(start=request))
         else:
-            self._commands.put_nowait(decode_pb2.OpenRequest(start=request))
+            self._commands.put_nowait(self._messages.OpenRequest(start=request))
 
     def release(self, key: Key, *, cancel: bool) -> None:
         """Forgets a request; with ``cancel`` the worker is told to give it up. Idempotent."""
         if self._open.pop(key, None) is None or not cancel:
             return
         request_id, attempt = key
+        messages = self._messages
+        command = messages.Cancel(request_id=request_id, attempt=attempt)
+        self._commands.put_nowait(messages.OpenRequest(cancel=command))
+
+    @property
+    def _messages(self) -> Any:
+        """The two services have the same commands, each in its own package."""
+        return prefill_pb2 if self.role is Role.PREFILL else decode_pb2
+
+    def _stub(self, channel: grpc.aio.Channel) -> Any:
         if self.role is Role.PREFILL:
-            command = prefill_pb2.Cancel(request_id=request_id, attempt=attempt)
-            self._commands.put_nowait(prefill_pb2.OpenRequest(cancel=command))
-        else:
-            self._commands.put_nowait(
-                decode_pb2.OpenRequest(cancel=decode_pb2.Cancel(request_id=request_id, attempt=attempt))
-            )
+            return prefill_pb2_grpc.PrefillServiceStub(channel)
+        return decode_pb2_grpc.DecodeServiceStub(channel)
 
     async def _write(self, call: Any) -> None:
         while True:
