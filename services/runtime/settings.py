@@ -60,8 +60,10 @@ class Settings(BaseSettings):
         validate_default=True,
         protected_namespaces=(),
     )
-    # Fields that the command line does not show: one command sets them for another.
+    # Fields that --help does not show: one command sets them for another.
     hidden: ClassVar[frozenset[str]] = frozenset()
+    # Heading above this class's own fields in --help.
+    panel: ClassVar[str] = "Process"
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message to log.")
     log_format: Literal["auto", "console", "json"] = Field(
@@ -86,6 +88,8 @@ class Settings(BaseSettings):
 class BusSettings(Settings):
     """How a process finds the others."""
 
+    panel = "Discovery"
+
     cluster: str = Field(
         "default", description="Name that keeps installations on one NATS server apart: [a-z0-9-], up to 64."
     )
@@ -95,7 +99,8 @@ class BusSettings(Settings):
     )
     nats_token_file: Path | None = Field(None, description="File with the token that the NATS server asks for.")
     block_key_file: Path | None = Field(
-        None, description="File with the secret that keys block names, 16 to 64 bytes; the same for all workers and gateways."
+        None,
+        description="File with the secret that keys block names, 16 to 64 bytes; the same for all workers and gateways.",
     )
 
     @field_validator("cluster")
@@ -134,6 +139,8 @@ class BusSettings(Settings):
 class ModelSettings(Settings):
     """What is served and with how much memory."""
 
+    panel = "Model and memory"
+
     model: str | None = Field(None, description="Model folder or Hugging Face id. Default: the bundled demo model.")
     served_model_name: str | None = Field(None, min_length=1, max_length=256, description="Name that clients ask for.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -167,6 +174,8 @@ class ModelSettings(Settings):
 class GatewayOptions(Settings):
     """The public side, as ``baton gateway`` and ``baton serve`` share it."""
 
+    panel = "Gateway"
+
     port: Port = Field(8000, description="REST port. 0: any free one.")
     grpc_port: Port = Field(8001, description="gRPC port. 0: any free one.")
     api_key: SecretList = Field(
@@ -177,7 +186,8 @@ class GatewayOptions(Settings):
     max_body_size: Size = Field(ByteSize(16 * _MIB), description="Largest request body.")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds after which a request is given up.")
     placement: Literal["auto", "remote", "local"] = Field(
-        "remote", description="Who prefills: remote: the prefill pool, where there is one; local: the decode worker; auto: the cheaper."
+        "remote",
+        description="Who prefills: remote: the prefill pool, where there is one; local: the decode worker; auto: the cheaper.",
     )
 
     @field_validator("grpc_port")
@@ -203,6 +213,8 @@ class GatewayOptions(Settings):
 class GatewaySettings(GatewayOptions, BusSettings):
     """``baton gateway``."""
 
+    panel = "Model and workers"
+
     model: str | None = Field(
         None, description="Model folder or Hugging Face id, for its tokenizer. Default: the demo model."
     )
@@ -225,6 +237,7 @@ class GatewaySettings(GatewayOptions, BusSettings):
 class WorkerSettings(ModelSettings, BusSettings):
     """``baton prefill`` and ``baton decode``."""
 
+    panel = "Worker"
     hidden = frozenset({"role"})
 
     role: Literal["prefill", "decode", "colocated"] = Field(..., description="What the worker does.")
@@ -269,6 +282,8 @@ class WorkerSettings(ModelSettings, BusSettings):
 
 class ServeSettings(ModelSettings, GatewayOptions):
     """``baton serve``."""
+
+    panel = "Workers"
 
     mode: Literal["disaggregated", "colocated"] = Field(
         "disaggregated", description="colocated: workers do both parts."

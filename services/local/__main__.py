@@ -1,0 +1,124 @@
+"""The ``baton`` command. Imports stay light here: what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from baton.services.core.errors import ConfigurationError
+from baton.services.local.bundled import with_model
+from baton.services.local.options import add_settings_command
+from baton.services.runtime.net import port_problem
+from baton.services.runtime.process import die_with_parent, exit_cleanly_on_signals
+from baton.services.runtime.settings import GatewayOptions, GatewaySettings, ServeSettings, WorkerSettings
+from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, SettingsError, report_problems
+
+app = typer.Typer(
+    name="baton",
+    help="Serves language models with prefill and decode on separate worker pools.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        from importlib.metadata import version
+
+        typer.echo(f"baton {version('baton-llm')}")
+        raise typer.Exit
+
+
+def _serve(settings: ServeSettings) -> int:
+    from baton.services.local.supervisor import serve
+
+    _check_ports(settings)
+    return serve(with_model(settings))
+
+
+def _gateway(settings: GatewaySettings) -> int:
+    _check_ports(settings)
+    settings = with_model(settings)
+    from baton.services.gateway.__main__ import run
+
+    return run(settings)
+
+
+def _worker(settings: WorkerSettings) -> int:
+    settings = with_model(settings)
+    if settings.threads_per_worker is not None:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads_per_worker)  # torch reads it when it is imported
+    if settings.role == "prefill":
+        from baton.services.prefill.__main__ import run
+    else:
+        from baton.services.decode.__main__ import run
+    return run(settings)
+
+
+def _check_ports(settings: GatewayOptions) -> None:
+    problems = [
+        problem
+        for port, option in ((settings.port, "--port"), (settings.grpc_port, "--grpc-port"))
+        if (problem := port_problem(settings.host, port, option)) is not None
+    ]
+    if problems:
+        raise SettingsError(problems)
+
+
+add_settings_command(app, "serve", ServeSettings, _serve, help_text="Serve a model with everything on this machine.")
+add_settings_command(
+    app, "gateway", GatewaySettings, _gateway, help_text="Run a gateway: REST and gRPC in, workers behind."
+)
+add_settings_command(
+    app, "prefill", WorkerSettings, _worker, help_text="Run a prefill worker.", fixed={"role": "prefill"}
+)
+add_settings_command(
+    app, "decode", WorkerSettings, _worker, help_text="Run a decode worker.", defaults={"role": "decode"}
+)
+
+
+@app.command("demo")
+def _demo() -> int:
+    """Start everything, ask the bundled model one question through both pools, show answer and receipt, stop."""
+    from baton.services.local.demo import run_demo
+
+    return run_demo()
+
+
+@app.command("status")
+def _status(
+    url: Annotated[
+        str, typer.Option(help="Where the gateway's REST API is.", envvar="BATON_URL")
+    ] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="BATON_API_KEY", show_envvar=False)] = None,
+) -> int:
+    """Show the workers of a running gateway."""
+    from baton.services.local.status import show_status
+
+    return show_status(url, api_key)
+
+
+def main() -> None:
+    """Runs a command and exits: 0 done, 1 failed, 2 for options that cannot be used."""
+    exit_cleanly_on_signals()
+    die_with_parent()
+    # gRPC's own library writes to standard error for every connection that ends, unless told not to before its import.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    command = " ".join(["baton", *(argument for argument in sys.argv[1:2] if not argument.startswith("-"))])
+    try:
+        status = app(prog_name="baton", standalone_mode=False)
+    except ConfigurationError as error:
+        status = report_problems(command, error)
+    except typer.TyperException as error:
+        sys.stderr.write(f"{command}: {' '.join(error.format_message().split())}\n")
+        status = EXIT_BAD_CONFIGURATION
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()
