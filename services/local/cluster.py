@@ -1,0 +1,116 @@
+"""All processes of one installation on this machine: NATS, workers and gateway, as child processes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from baton.services.local.child import Child, ChildSpec, baton_argv
+from baton.services.local.gateway_client import GatewayClient
+from baton.services.local.nats_server import NatsServer
+from baton.services.local.options import flags_for
+from baton.services.runtime.net import free_port
+from baton.services.runtime.settings import GatewaySettings, ServeSettings, WorkerSettings
+
+Argv = Callable[..., list[str]]
+
+_CLUSTER = "local"
+_BLOCK_KEY_BYTES = 32
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+class LocalCluster:
+    """What to run, with which options and secrets. Running it is the supervisor's part."""
+
+    def __init__(self, settings: ServeSettings, *, argv: Argv = baton_argv) -> None:
+        """``settings`` name their model. ``argv`` makes the command line of one of our processes."""
+        host = settings.host
+        self.settings = settings.model_copy(
+            update={"port": settings.port or free_port(host), "grpc_port": settings.grpc_port or free_port(host)}
+        )
+        self._directory = tempfile.TemporaryDirectory(prefix="baton-")  # readable by this user only
+        self.directory = Path(self._directory.name)
+        api_keys = settings.api_keys()
+        self._nats_token = self._secret_file("nats-token", secrets.token_hex(32).encode())
+        self._block_key = self._secret_file("block-key", secrets.token_bytes(_BLOCK_KEY_BYTES))
+        self._api_keys = self._secret_file("api-keys", "\n".join(api_keys).encode()) if api_keys else None
+        self._argv = argv
+        self.nats = NatsServer(self.directory, self._nats_token)
+        self.workers: list[Child] = []
+        self.gateway: Child | None = None
+        self.client = GatewayClient(
+            self.settings.host, self.settings.port, api_key=api_keys[0] if api_keys else None, timeout_s=2.0
+        )
+
+    @property
+    def worker_ids(self) -> list[str]:
+        """Names of the workers: role and number."""
+        settings = self.settings
+        if settings.mode == "colocated":
+            return [f"colocated-{i}" for i in range(settings.decode)]
+        prefill = [f"prefill-{i}" for i in range(settings.prefill)]
+        return prefill + [f"decode-{i}" for i in range(settings.decode)]
+
+    @property
+    def threads_per_worker(self) -> int:
+        return self.settings.threads_per_worker or max(1, num_cores() // len(self.worker_ids))
+
+    def make_children(self) -> None:
+        """Once NATS has its address."""
+        self.workers = [Child(self._worker(worker_id), self.directory) for worker_id in self.worker_ids]
+        self.gateway = Child(self._gateway(), self.directory)
+
+    def children(self) -> list[Child]:
+        """All but NATS: those that can be restarted one by one."""
+        return [*self.workers, *([self.gateway] if self.gateway is not None else [])]
+
+    def remove_files(self) -> None:
+        self._directory.cleanup()
+
+    def _worker(self, worker_id: str) -> ChildSpec:
+        role = worker_id.rpartition("-")[0]
+        flags = flags_for(
+            WorkerSettings,
+            self.settings,
+            **self._common(),
+            # Only the gateway listens where the user said; workers and their blocks stay on this machine.
+            host="127.0.0.1",
+            allow_insecure_bind=False,
+            port=0,
+            worker_id=worker_id,
+            threads_per_worker=self.threads_per_worker,
+            role=None if role == "prefill" else role,
+        )
+        command = "prefill" if role == "prefill" else "decode"
+        return ChildSpec(worker_id, self._argv(command, *flags), {"OMP_NUM_THREADS": str(self.threads_per_worker)})
+
+    def _gateway(self) -> ChildSpec:
+        flags = flags_for(GatewaySettings, self.settings, **self._common(), api_key_file=self._api_keys)
+        return ChildSpec("gateway", self._argv("gateway", *flags), {"OMP_NUM_THREADS": "1"})
+
+    def _common(self) -> dict[str, object]:
+        return {
+            "cluster": _CLUSTER,
+            "nats_url": self.nats.url,
+            "nats_token_file": self._nats_token,
+            "block_key_file": self._block_key,
+        }
+
+    def _secret_file(self, name: str, content: bytes) -> Path:
+        path = self.directory / name
+        path.touch(mode=0o600)
+        path.write_bytes(content)
+        return path
+
+
+def num_cores() -> int:
+    """Cores that this process may use: its affinity, or less where a container has a quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_QUOTA.read_text(encoding="utf-8").split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroups, or no quota ("max")
+        return cores

@@ -1,0 +1,196 @@
+"""What the commands beside a gateway print, and when they fail."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from baton.services.local import cluster
+from baton.services.local.bundled import BUNDLED_MODEL, BUNDLED_MODEL_NAME, with_model
+from baton.services.local.demo import DemoFailed, check, make_question, receipt_table
+from baton.services.local.gateway_client import GatewayClient, GatewayUnreachable
+from baton.services.local.status import show_status, workers_table
+from baton.services.runtime.settings import ServeSettings
+from baton.services.runtime.settings_loader import SettingsError, load_settings
+
+WORKER = {
+    "id": "decode-0", "role": "decode", "state": "ready", "address": "127.0.0.1:4000", "pid": 77, "queued": 3, "running": 12,
+    "kv_blocks": {"total": 4096, "free": 4000, "cached": 60, "request": 30, "transfer": 6, "quarantine": 0}, "overdue": 1,
+}  # fmt: skip
+RECEIPT: dict[str, Any] = {
+    "id": "chatcmpl-1",
+    "outcome": "stop",
+    "decision": {"mode": "remote", "prefill": "prefill-0", "decode": "decode-0", "reason": "placement"},
+    "phases_ms": {"admission": 0.5, "prefill": 40.25},
+    "ttft_ms": 45.0,
+    "tpot_ms": None,
+    "e2e_ms": 80.0,
+    "prompt_tokens": 321,
+    "cached_tokens": 16,
+    "completion_tokens": 9,
+    "transfer": {"path": "shm", "blocks": 21, "bytes": 258048, "checksum": "xxh3_64 ok"},
+    "retries": 0,
+}
+
+
+def rendered(thing: object) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(thing)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def gateway() -> Iterator[tuple[str, dict[str, tuple[int, bytes]], list[str]]]:
+    """A server with canned answers by path, and the requests that it got."""
+    answers: dict[str, tuple[int, bytes]] = {}
+    requests: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers["content-length"] or 0)
+            requests.append(
+                f"{self.command} {self.path} {self.headers['authorization']} {self.rfile.read(length).decode()}"
+            )
+            status, content = answers[self.path]
+            self.send_response(status)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", answers, requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+Gateway = tuple[str, dict[str, tuple[int, bytes]], list[str]]
+
+
+def test_client_sends_key_and_body_and_reads_json(gateway: Gateway) -> None:
+    url, answers, requests = gateway
+    answers["/a"] = (200, b'{"x": 1}')
+    client = GatewayClient.from_url(url, api_key="sesame")
+    assert client.get("/a").body == {"x": 1}
+    assert client.post("/a", {"y": 2}).status == 200
+    assert requests == ["GET /a Bearer sesame ", 'POST /a Bearer sesame {"y": 2}']
+
+
+def test_client_takes_what_is_no_json_as_no_body(gateway: Gateway) -> None:
+    url, answers, _ = gateway
+    answers["/a"] = (502, b"<html>")
+    answer = GatewayClient.from_url(url).get("/a")
+    assert (answer.status, answer.body) == (502, None)
+
+
+def test_client_says_where_nobody_answers() -> None:
+    with pytest.raises(GatewayUnreachable, match=r"127\.0\.0\.1:1: "):
+        GatewayClient("127.0.0.1", 1).get("/")
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "host:80", "http://", "https://host"])
+def test_client_wants_a_plain_url(url: str) -> None:
+    with pytest.raises(ValueError, match="must look like"):
+        GatewayClient.from_url(url)
+
+
+def test_status_shows_every_block_state(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    url, answers, _ = gateway
+    answers["/v1/workers"] = (200, json.dumps({"object": "list", "data": [WORKER]}).encode())
+    assert show_status(url, None) == 0
+    shown = capsys.readouterr().out
+    for text in ("decode-0", "ready", "127.0.0.1:4000", "4,096", "4,000", "60", "30", "quarantine"):
+        assert text in shown
+    assert rendered(workers_table([])).count("worker") == 1
+
+
+def test_status_passes_on_a_refusal(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    url, answers, _ = gateway
+    answers["/v1/workers"] = (
+        401,
+        b'{"error": {"message": "wrong key", "type": "x", "param": null, "code": "invalid_api_key"}}',
+    )
+    assert show_status(url, "bad") == 1
+    assert capsys.readouterr().err == f"baton status: {url} answered 401: wrong key\n"
+
+
+def test_demo_question_can_be_answered_from_its_own_text() -> None:
+    for seed in range(20):
+        question, value = make_question(random.Random(seed))
+        key = question.rpartition("code for ")[2].rstrip("?")
+        assert f"The code for {key} is {value}." in question
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "words"),
+    [
+        ("The code is 1.", {}, "should contain 4821"),
+        (
+            "4821",
+            {"decision": {**RECEIPT["decision"], "mode": "local", "prefill": None}},
+            "did not pass through both pools",
+        ),
+        ("4821", {"decision": {**RECEIPT["decision"], "decode": "prefill-0"}}, "did not pass through both pools"),
+        ("4821", {"decision": None}, "did not pass through both pools"),
+        ("4821", {"transfer": None}, "no KV blocks"),
+    ],
+)
+def test_demo_fails_where_answer_or_path_is_wrong(text: str, change: dict[str, Any], words: str) -> None:
+    check("It is 4821.", "4821", RECEIPT)
+    with pytest.raises(DemoFailed, match=words):
+        check(text, "4821", {**RECEIPT, **change})
+
+
+def test_receipt_table_shows_path_phases_and_transfer() -> None:
+    shown = rendered(receipt_table(RECEIPT))
+    for text in (
+        "prefill-0 -> decode-0",
+        "321 prompt (16 cached)",
+        "40.25 ms",
+        "21 blocks, 258,048 bytes over shm",
+        "xxh3_64 ok",
+    ):
+        assert text in shown
+
+
+def test_the_bundled_model_is_the_default_and_folders_give_their_name(tmp_path: Path) -> None:
+    bundled = with_model(load_settings(ServeSettings, {}))
+    assert (bundled.model, bundled.served_model_name) == (str(BUNDLED_MODEL), BUNDLED_MODEL_NAME)
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert with_model(load_settings(ServeSettings, {"model": str(folder)})).served_model_name == "my-model"
+    hub = with_model(load_settings(ServeSettings, {"model": "org/Model-1.5B", "served_model_name": "m"}))
+    assert (hub.model, hub.served_model_name) == ("org/Model-1.5B", "m")
+    for missing in ("./model", "a/b/c", str(tmp_path / "none")):
+        with pytest.raises(SettingsError, match="no such folder"):
+            with_model(load_settings(ServeSettings, {"model": missing}))
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
+def test_cores_respect_a_containers_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, expected: int
+) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text(quota)
+    monkeypatch.setattr(cluster, "_CGROUP_QUOTA", file)
+    monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert cluster.num_cores() == expected
