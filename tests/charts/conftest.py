@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,11 +29,16 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(api)
 
 
-@pytest.fixture
-def render(cluster: Cluster) -> Callable[..., Rendered]:
-    """Installs the chart with the given values."""
+@pytest.fixture(scope="session")
+def render() -> Callable[..., Rendered]:
+    """Installs the chart with the given values into a cluster of its own. Not to be changed: equal values share a result."""
+    known: dict[str, Rendered] = {}
 
     def install(values: dict[str, Any] | None = None, **options: Any) -> Rendered:
-        return cluster.install(values or {}, **options)
+        key = json.dumps([values or {}, options], sort_keys=True)
+        if key not in known:
+            with FakeKubernetes() as api:
+                known[key] = Cluster(api).install(values or {}, **options)
+        return known[key]
 
     return install

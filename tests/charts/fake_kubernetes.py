@@ -111,7 +111,8 @@ class FakeKubernetes:
         with self._lock:
             if len(rest) == 3 and method == "GET":
                 return self._list(group_version, kind, namespace, query.get("labelSelector", [""])[0])
-            sent = _decode(content_type, body) if body else {}
+            # What deletes say in their body is how to delete, which makes no difference here.
+            sent = _decode(content_type, body) if body and method != "DELETE" else {}
             if len(rest) == 3 and method == "POST":
                 return self._create(group_version, kind, namespace, sent)
             if len(rest) == 4:

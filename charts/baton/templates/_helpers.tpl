@@ -39,8 +39,8 @@
 
 {{/* Labels that never change in the life of an object. Takes (dict "root" $ "component" string). */}}
 {{- define "baton.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "baton.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "baton.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -58,7 +58,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{/* `metadata` of an object. Takes (dict "root" $ "component" string), optional "name" and "annotations". */}}
 {{- define "baton.metadata" -}}
 name: {{ .name | default (include "baton.componentName" .) }}
-namespace: {{ .root.Release.Namespace }}
+namespace: {{ .root.Release.Namespace | quote }}
 labels:
   {{- include "baton.labels" . | nindent 2 }}
 {{- with .annotations }}

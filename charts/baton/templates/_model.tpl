@@ -61,7 +61,7 @@ kind: invalid
 {{- if eq $model.kind "claim" }}
 - name: model
   persistentVolumeClaim:
-    claimName: {{ $model.claim }}
+    claimName: {{ $model.claim | quote }}
     readOnly: true
 {{- else if eq $model.kind "oci" }}
 - name: model
@@ -72,10 +72,10 @@ kind: invalid
 - name: model
   {{- if .Values.model.hub.claim }}
   persistentVolumeClaim:
-    claimName: {{ .Values.model.hub.claim }}
+    claimName: {{ .Values.model.hub.claim | quote }}
   {{- else }}
   emptyDir:
-    sizeLimit: {{ .Values.model.hub.sizeLimit }}
+    sizeLimit: {{ .Values.model.hub.sizeLimit | quote }}
   {{- end }}
 - name: scripts
   configMap:
@@ -84,10 +84,10 @@ kind: invalid
 {{- with .Values.model.hub.tokenSecret }}
 - name: hub-token
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0444
     items:
-      - key: {{ $.Values.model.hub.tokenKey }}
+      - key: {{ $.Values.model.hub.tokenKey | quote }}
         path: token
 {{- end }}
 {{- end }}
@@ -101,7 +101,7 @@ kind: invalid
 {{- if eq $model.kind "hub" }}
 initContainers:
   - name: fetch-model
-    image: {{ .image }}
+    image: {{ .image | quote }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     command: [python, /etc/baton/scripts/fetch_model.py]
     env:

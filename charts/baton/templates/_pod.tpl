@@ -26,7 +26,7 @@ capabilities:
 {{/* The fields of a pod that are the same for every component. Service links are off because a Service's variables, such
      as BATON_PORT for one named `baton`, would be read as options. Takes (dict "root" $ "component" string). */}}
 {{- define "baton.podBase" -}}
-serviceAccountName: {{ include "baton.serviceAccountName" . }}
+serviceAccountName: {{ include "baton.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .root.Values.image.pullSecrets }}
@@ -40,7 +40,7 @@ securityContext:
 {{/* Where pods go. Takes (dict "root" $ "component" string "values" the component's values), optional "affinity". */}}
 {{- define "baton.scheduling" -}}
 {{- with .values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .values.nodeSelector }}
 nodeSelector:
@@ -144,10 +144,10 @@ topologySpreadConstraints:
 {{- with include "baton.natsTokenSecret" . }}
 - name: nats-token
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0444
     items:
-      - key: {{ include "baton.natsTokenKey" $ }}
+      - key: {{ include "baton.natsTokenKey" $ | quote }}
         path: token
 {{- end }}
 {{- end -}}

@@ -32,14 +32,14 @@ spec:
     spec:
       {{- include "baton.podBase" . | nindent 6 }}
       {{- with .values.runtimeClassName }}
-      runtimeClassName: {{ . }}
+      runtimeClassName: {{ . | quote }}
       {{- end }}
       {{- include "baton.scheduling" (merge (dict "affinity" $affinity) .) | trim | nindent 6 }}
       terminationGracePeriodSeconds: {{ include "baton.gracePeriod" .values }}
       {{- with include "baton.modelInitContainers" (dict "root" .root "values" .values "image" $image "files" "all") | trim }}{{ . | nindent 6 }}{{ end }}
       containers:
         - name: worker
-          image: {{ $image }}
+          image: {{ $image | quote }}
           imagePullPolicy: {{ .root.Values.image.pullPolicy }}
           args: [{{ .component }}]
           env:
@@ -75,13 +75,13 @@ spec:
         - name: shm
           emptyDir:
             medium: Memory
-            sizeLimit: {{ .values.shmSize }}
+            sizeLimit: {{ .values.shmSize | quote }}
         - name: block-key
           secret:
-            secretName: {{ include "baton.blockKeySecret" .root }}
+            secretName: {{ include "baton.blockKeySecret" .root | quote }}
             defaultMode: 0444
             items:
-              - key: {{ include "baton.blockKeyKey" .root }}
+              - key: {{ include "baton.blockKeyKey" .root | quote }}
                 path: block-key
         {{- with include "baton.natsVolume" .root | trim }}{{ . | nindent 8 }}{{ end }}
         {{- with include "baton.modelVolumes" .root | trim }}{{ . | nindent 8 }}{{ end }}
@@ -183,7 +183,7 @@ podAffinity:
   preferredDuringSchedulingIgnoredDuringExecution:
     - weight: 50
       podAffinityTerm:
-        topologyKey: {{ . }}
+        topologyKey: {{ . | quote }}
         labelSelector:
           matchLabels:
             {{- include "baton.selectorLabels" (dict "root" $.root "component" $.peer) | nindent 12 }}
