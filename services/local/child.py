@@ -13,6 +13,9 @@ from pathlib import Path
 from baton.services.runtime.process import PARENT_PID_VARIABLE
 from baton.services.runtime.settings_loader import PROBLEM_FILE_VARIABLE
 
+# -P: the working directory is no place to import from; in a clone it has a folder "kernels", which libraries look for too.
+_PYTHON = (sys.executable, "-P", "-m")
+
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
@@ -25,12 +28,12 @@ class ChildSpec:
 
 def baton_argv(*args: str) -> list[str]:
     """Runs one of our own commands with this interpreter."""
-    return [sys.executable, "-m", "baton.services.local", *args]
+    return [*_PYTHON, "baton.services.local", *args]
 
 
 def program_argv(program: Path, *args: str) -> list[str]:
     """Runs a foreign program that ends with this process too."""
-    return [sys.executable, "-m", "baton.services.runtime.exec_child", str(program), *args]
+    return [*_PYTHON, "baton.services.runtime.exec_child", str(program), *args]
 
 
 class Child:

@@ -1,0 +1,116 @@
+# Needs Python 3.11 or later and make; everything else goes into $(VENV). `make help` lists the targets.
+#
+#   PYTHON=python3.12   the interpreter that makes the environment
+#   VENV=/path/to/env   another environment; one that has a torch (CUDA, say) keeps it
+#   TORCH="torch==X"    what to give pip for torch instead of the pin below; TORCH=skip: leave torch alone
+#   ARGS="..."          options for baton serve, pytest, or the benchmarks
+#
+# On Linux x86-64 some registries deliver a CUDA build for the plain pin, which is larger and works too. For the small one,
+# point pip at an index of CPU builds in its configuration, or give TORCH="torch==2.13.0 --index-url URL".
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+TORCH ?=
+ARGS ?=
+TORCH_PIN := torch==2.13.0
+HELM_PIN := helm-sdkpy==0.1.32
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PACKAGES := baton.services baton.kernels baton.kvtransfer baton.load
+SOURCES := services kernels kvtransfer load tests charts
+CHECKS := check-format check-lint check-types check-architecture check-proto check-chart
+TEST_WORKERS ?= 2
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# ---- use -------------------------------------------------------------------------------------------------------------
+
+.PHONY: serve demo
+serve: $(VENV)/.serve ## start NATS, workers and gateway with the bundled model; ARGS="--port 9000 ..."
+	@exec $(BIN)/baton serve $(ARGS)
+
+demo: $(VENV)/.serve ## one question through both pools, its answer and receipt
+	@exec $(BIN)/baton demo
+
+# ---- develop ---------------------------------------------------------------------------------------------------------
+
+.PHONY: setup test check bench gpu-check proto clean $(CHECKS)
+setup: $(VENV)/.dev ## make the environment with everything that developing needs
+
+# One compute thread per process: with two test processes and their children on two cores, more only wait for each other.
+test: $(VENV)/.dev ## run the whole test suite; ARGS="-k name"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+check: $(VENV)/.dev .dev/baton ## format, lint, types, layers, protocols, chart
+	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
+	@echo "all checks passed"
+
+check-format:
+	$(BIN)/ruff format --check --quiet .
+
+check-lint:
+	$(BIN)/ruff check --quiet .
+
+check-types: .dev/baton
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+
+check-architecture:
+	$(BIN)/python -m pytest tests/architecture -q -p no:randomly -p no:cacheprovider
+
+check-proto:
+	cd proto && $(BIN)/buf lint
+
+check-chart:
+	$(BIN)/python charts/lint.py
+
+bench: $(VENV)/.dev ## benchmarks: a table, and JSON in bench-results/
+	$(BIN)/python -P -m baton.load.bench $(ARGS)
+
+gpu-check: $(VENV)/.dev ## kernel tests and benchmarks on a CUDA GPU
+	$(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)
+	$(BIN)/python -P -m baton.load.bench_kernels
+
+proto: $(VENV)/.dev ## generate proto/gen/ from proto/baton/
+	PYTHON=$(BIN)/python proto/generate.sh
+
+clean: ## remove .venv and everything generated that git ignores
+	rm -rf .venv .dev build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache bench-results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- the environment -------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later found; name one with PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Serving needs less than developing. A torch that is there already stays, unless TORCH asks for another.
+$(VENV)/.serve: pyproject.toml | $(BIN)/python torch
+	$(PIP) --editable '.[local]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(PIP) --editable '.[local,dev]'
+	@# Its wheels work from Python 3.11 on; its metadata says later.
+	$(PIP) --ignore-requires-python $(HELM_PIN)
+	@touch $@
+
+.PHONY: torch
+torch: | $(BIN)/python
+ifeq ($(TORCH),)
+	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null || $(PIP) $(TORCH_PIN)
+else ifneq ($(TORCH),skip)
+	$(PIP) $(TORCH)
+endif
+
+# mypy cannot follow an editable install's import hook, so it gets the packages as a tree of links.
+.dev/baton:
+	mkdir -p $@
+	for name in services kernels kvtransfer load; do ln -sfn ../../$$name $@/$$name; done
+	ln -sfn ../../proto/gen/baton/api $@/api
