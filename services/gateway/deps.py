@@ -1,0 +1,50 @@
+"""Everything that the public API is built from, handed in by the process that runs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from baton.services.core.errors import ErrorCode
+from baton.services.gateway.auth import Authenticator
+from baton.services.gateway.generation import Dispatcher, SloTarget
+from baton.services.gateway.limits import Door, Limits
+from baton.services.gateway.served_model import ServedModel
+from baton.services.gateway.tokenizer import ModelTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A generation that was refused before the dispatcher saw it."""
+
+    receipt_id: str
+    code: ErrorCode
+    slo: SloTarget
+
+
+def _ignore(refusal: Refusal) -> None:
+    """Nobody counts."""
+
+
+@dataclass(slots=True)
+class GatewayDeps:
+    """``ready`` says whether a usable pair can serve, and why not. ``receipt`` finds a receipt by its client-side id."""
+
+    dispatcher: Dispatcher
+    tokenizer: ModelTokenizer
+    model: ServedModel
+    ready: Callable[[], tuple[bool, str]]
+    metrics: Callable[[], bytes]
+    workers: Callable[[], list[dict[str, Any]]]
+    receipt: Callable[[str], dict[str, Any] | None]
+    authenticator: Authenticator = field(default_factory=Authenticator)
+    limits: Limits = field(default_factory=Limits)
+    clock: Callable[[], float] = time.monotonic  # seconds; the clock of traces
+    wall_clock: Callable[[], float] = time.time  # seconds since 1970; for "created"
+    on_refused: Callable[[Refusal], None] = _ignore
+    door: Door = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.door = Door(self.limits.max_concurrent_requests)
