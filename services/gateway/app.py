@@ -1,0 +1,73 @@
+"""The REST API, put together."""
+
+from __future__ import annotations
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.gateway.auth import ANONYMOUS_TENANT, OPEN_PATHS
+from baton.services.gateway.boundary import Boundary
+from baton.services.gateway.deps import GatewayDeps
+from baton.services.gateway.errors import HttpRefusal, public_error
+from baton.services.gateway.generation_routes import generation_router
+from baton.services.gateway.info_routes import info_router
+from baton.services.gateway.sse import ClientGoneError
+from baton.services.gateway.text_routes import text_router
+
+_MAX_PATH_CHARS_SHOWN = 100
+
+
+def create_app(deps: GatewayDeps) -> FastAPI:
+    """The application. Every route needs a key, where keys are set, but for those in ``OPEN_PATHS``."""
+
+    async def authenticate(request: Request) -> None:
+        # scope["path"] is what was routed; a URL put together from headers could say something else.
+        if request.scope["path"] in OPEN_PATHS:
+            request.state.tenant = ANONYMOUS_TENANT
+        else:
+            request.state.tenant = deps.authenticator.tenant(request.headers.get("authorization"))
+
+    app = FastAPI(
+        title="Baton",
+        description="Disaggregated LLM serving, OpenAI-compatible.",
+        dependencies=[Depends(authenticate)],
+        openapi_url=None,  # its route and the pages on it would be open; ours is a route like the others
+    )
+    app.include_router(generation_router(deps))
+    app.include_router(text_router(deps))
+    app.include_router(info_router(deps))
+    app.add_exception_handler(BatonError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_invalid_route_parameter)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+    app.add_middleware(Boundary, deps=deps)
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return public_error(error).response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"][:_MAX_PATH_CHARS_SHOWN]
+    if error.status_code == 404:
+        message = f"There is nothing at {path!r}."
+        return public_error(BatonError(ErrorCode.NOT_FOUND, message)).response()
+    if error.status_code == 405:
+        refusal = HttpRefusal(405, "method_not_allowed", f"{path!r} does not take {request.method}.")
+        response = public_error(refusal).response()
+        response.headers["allow"] = (error.headers or {}).get("allow", "")
+        return response
+    return public_error(HttpRefusal(error.status_code, "http_error", "The request was refused.")).response()
+
+
+async def _on_invalid_route_parameter(request: Request, error: Exception) -> Response:
+    return public_error(BatonError(ErrorCode.INVALID_REQUEST, "a parameter in the path is not valid")).response()
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # read by nobody but an access log

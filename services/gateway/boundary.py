@@ -1,0 +1,89 @@
+"""The outermost layer of the REST API: what is checked of every HTTP request before it is routed."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from contextlib import nullcontext
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from baton.services.core.errors import BatonError
+from baton.services.gateway.deps import GatewayDeps, Refusal
+from baton.services.gateway.errors import HttpRefusal, public_error
+from baton.services.gateway.generation import SloTarget
+from baton.services.gateway.validation import invalid
+
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+REQUEST_ID_HEADER = "x-request-id"
+MAX_REQUEST_ID_CHARS = 128
+
+_HOST = re.compile(r"[A-Za-z0-9._\-]+(:\d{1,5})?|\[[0-9A-Fa-f:.%]+\](:\d{1,5})?")
+
+
+def check_request_id(request_id: str) -> str:
+    """The id, if it is 1 to 128 visible ASCII characters. Raises INVALID_REQUEST."""
+    if not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS or not all("!" <= char <= "~" for char in request_id):
+        raise invalid(REQUEST_ID_HEADER, f"must be 1 to {MAX_REQUEST_ID_CHARS} visible ASCII characters")
+    return request_id
+
+
+def new_request_id() -> str:
+    """An id for a request that came without one."""
+    return secrets.token_hex(16)
+
+
+class Boundary:
+    """ASGI middleware. Gives the request its id and time of arrival, checks its headers and lets it in at the door.
+
+    Sets ``request_id`` and ``received_s`` in the scope's state, and sends the id back in every response.
+    """
+
+    def __init__(self, app: ASGIApp, deps: GatewayDeps) -> None:
+        self._app = app
+        self._deps = deps
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["received_s"] = self._deps.clock()
+        state["request_id"] = new_request_id()
+        is_generation = scope["path"] in GENERATION_PATHS and scope["method"] == "POST"
+
+        has_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                request_id = state["request_id"].encode("ascii")
+                message = {**message, "headers": [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id)]}
+            await send(message)
+
+        try:
+            state["request_id"] = self._check(scope) or state["request_id"]
+            with self._deps.door.enter() if is_generation else nullcontext():
+                await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if has_started:
+                raise
+            # The application answers a BatonError itself: this one came before it.
+            if isinstance(error, BatonError) and is_generation:
+                self._deps.on_refused(Refusal(state["request_id"], error.code, SloTarget()))
+            await public_error(error).response()(scope, receive, send_with_id)
+
+    def _check(self, scope: Scope) -> str | None:
+        """The client's request id, if it sent one."""
+        headers, limits = Headers(scope=scope), self._deps.limits
+        num_bytes = sum(len(name) + len(value) for name, value in headers.raw)
+        if num_bytes > limits.max_header_bytes or len(headers.raw) > limits.max_headers:
+            most = f"{limits.max_headers} headers of {limits.max_header_bytes} bytes together"
+            raise HttpRefusal(431, "headers_too_large", f"At most {most} are accepted.")
+        hosts = headers.getlist("host")
+        if len(hosts) > 1 or (hosts and not _HOST.fullmatch(hosts[0])):
+            raise invalid("host", "must be one host name or address, with or without a port")
+        request_id = headers.get(REQUEST_ID_HEADER)
+        return None if request_id is None else check_request_id(request_id)

@@ -1,0 +1,128 @@
+"""POST /v1/chat/completions: the body's meaning, and the shapes of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+
+from baton.services.gateway.choice import ChoicePiece, OutputToken
+from baton.services.gateway.collect import CollectedChoice
+from baton.services.gateway.deps import GatewayDeps
+from baton.services.gateway.logprobs import chat_logprobs, prompt_logprobs
+from baton.services.gateway.openai_models import ChatCompletionBody
+from baton.services.gateway.options import GenerationOptions
+from baton.services.gateway.prompts import parse_chat
+from baton.services.gateway.rendering import Answer, ChunkText
+from baton.services.gateway.sse import event
+from baton.services.gateway.validation import check_range, invalid, make_options
+
+
+def chat_options(body: ChatCompletionBody, deps: GatewayDeps) -> GenerationOptions:
+    """What a chat request asks for. Raises INVALID_REQUEST or MODEL_NOT_FOUND."""
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        raise invalid("response_format", 'must be {"type": "text"}: structured output is not supported by this server')
+    if body.add_special_tokens:
+        raise invalid("add_special_tokens", "is not supported here: the chat template adds them")
+    check_range("top_logprobs", body.top_logprobs, 0, deps.limits.max_logprobs)
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs", "needs logprobs to be true")
+    prompt = parse_chat(
+        body.messages,
+        tokenizer=deps.tokenizer,
+        limits=deps.limits,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template_kwargs=body.chat_template_kwargs,
+    )
+    newer_name = body.max_completion_tokens is not None
+    return make_options(
+        body,
+        (prompt,),
+        prompt_param="messages",
+        model=deps.model,
+        limits=deps.limits,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        max_tokens=body.max_completion_tokens if newer_name else body.max_tokens,
+        max_tokens_param="max_completion_tokens" if newer_name else "max_tokens",
+    )
+
+
+class ChatAnswer(Answer):
+    """Renders one chat generation, whole or as chunks."""
+
+    id_prefix = "chatcmpl-"
+    object_name = "chat.completion"
+
+    def whole(self, choices: list[CollectedChoice]) -> bytes:
+        """The JSON body of an answer that is not streamed."""
+        body = self.envelope(self.object_name)
+        body["choices"] = [self._choice(choice) for choice in choices]
+        body["usage"] = self.usage()
+        pieces, generation = self.deps.tokenizer.pieces, self.generation
+        if generation.options.prompt_logprobs:
+            body["prompt_logprobs"] = prompt_logprobs(generation.prompt_of(0), choices[0].prompt_logprobs, pieces)
+        return orjson.dumps(body)
+
+    def _choice(self, choice: CollectedChoice) -> dict[str, Any]:
+        rendered = {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        return rendered | self.token_ids(choice.index, choice.tokens, with_prompt=True)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed answer, but for the closing ``[DONE]``. Failures are raised."""
+        options = self.generation.options
+        is_plain = (
+            options.sampling.num_logprobs is None and not options.return_token_ids and not options.continuous_usage
+        )
+        texts = [
+            ChunkText(self._chunk(index, {"content": ""}, finish_reason=None), field=b'"content":')
+            for index in range(options.num_choices)
+        ]
+        async with aclosing(self.generation.stream()) as pieces:
+            async for piece in pieces:
+                chunk = self._first_chunk(piece) if piece.is_first else b""
+                if not is_plain or piece.finish_reason is not None:
+                    if piece.tokens or piece.finish_reason is not None:
+                        chunk += event(self._piece_chunk(piece))
+                elif piece.text:
+                    chunk += texts[piece.index].render(piece.text)
+                if chunk:
+                    yield chunk
+        if options.include_usage:
+            yield event(self.envelope(self.object_name + ".chunk") | {"choices": [], "usage": self.usage()})
+
+    def _first_chunk(self, piece: ChoicePiece) -> bytes:
+        chunk = self._chunk(piece.index, {"role": "assistant", "content": ""}, finish_reason=None)
+        chunk["choices"][0] |= self.token_ids(piece.index, (), with_prompt=True)
+        return event(chunk)
+
+    def _piece_chunk(self, piece: ChoicePiece) -> dict[str, Any]:
+        chunk = self._chunk(
+            piece.index, {"content": piece.text} if piece.text else {}, piece.finish_reason, len(piece.tokens)
+        )
+        choice = chunk["choices"][0]
+        choice["logprobs"] = self._logprobs(piece.tokens)
+        if piece.finish_reason is not None:
+            choice["stop_reason"] = piece.stop_reason
+        choice |= self.token_ids(piece.index, piece.tokens, with_prompt=False)
+        return chunk
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None, num_tokens: int = 0
+    ) -> dict[str, Any]:
+        chunk = self.envelope(self.object_name + ".chunk")
+        chunk["choices"] = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+        return chunk | self.chunk_usage(num_tokens)
+
+    def _logprobs(self, tokens: list[OutputToken] | tuple[OutputToken, ...]) -> dict[str, Any] | None:
+        if self.generation.options.sampling.num_logprobs is None:
+            return None
+        return {"content": chat_logprobs(tokens, self.deps.tokenizer.pieces)}

@@ -1,0 +1,112 @@
+"""One choice on its way out: token deltas become text, stop strings end it, and what is left over is held back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.request import FinishReason, SampledToken, TokenLogprobs
+from baton.services.core.stop import StopChecker
+from baton.services.gateway.detokenizer import Detokenizer
+from baton.services.gateway.generation import TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class OutputToken:
+    """A generated token and its place in the text. ``data`` is what it contributed; nothing for a hidden token."""
+
+    sampled: SampledToken
+    data: bytes
+    text_offset: int  # characters of the choice's text before it, not counting an echoed prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicePiece:
+    """What is new in one choice. The first piece of a choice has ``is_first``, the last one a finish reason."""
+
+    index: int
+    text: str
+    tokens: tuple[OutputToken, ...]
+    is_first: bool = False
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # in the first piece, if asked for
+    prompt_text: str = ""  # in the first piece, if it is echoed
+
+
+class ChoiceAssembler:
+    """Feed it the deltas of one generation, in order. Pure: no clock, no I/O.
+
+    ``hidden_end_ids``: end-of-sequence tokens, whose text is not shown where they end the choice, even if the vocabulary
+    does not mark them as special.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        *,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        hidden_end_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._index = index
+        self._detokenizer = detokenizer
+        self._stop = StopChecker(stop, include_stop) if stop else None
+        self._min_tokens = min_tokens
+        self._hidden_end_ids = hidden_end_ids
+        self._num_chars = 0
+        self._has_started = False
+        self.num_tokens = 0
+
+    def feed(self, delta: TokenDelta) -> ChoicePiece:
+        """The piece that a delta makes.
+
+        A finish reason in the piece but not in the delta is a stop string: the generation itself goes on and must be closed.
+        """
+        if delta.first_index != self.num_tokens:
+            message = f"tokens from index {delta.first_index} on, expected {self.num_tokens}"
+            raise BatonError(ErrorCode.INTERNAL, message)
+        is_first, self._has_started = not self._has_started, True
+        texts: list[str] = []
+        tokens: list[OutputToken] = []
+        matched: str | None = None
+        last = len(delta.tokens) - 1 if delta.finish_reason is FinishReason.STOP else None
+        for position, token in enumerate(delta.tokens):
+            if position == last and token.token_id in self._hidden_end_ids:
+                text, data = "", b""
+            else:
+                text = self._detokenizer.push(token.token_id)
+                data = self._detokenizer.last_piece
+            tokens.append(OutputToken(token, data, self._num_chars))
+            self._num_chars += len(text)
+            self.num_tokens += 1
+            matched = self._emit(text, texts)
+            if matched is not None:
+                break
+        finish_reason: str | None = None
+        if matched is None and delta.finish_reason is not None:
+            finish_reason = delta.finish_reason.value
+            matched = self._emit(self._detokenizer.flush(), texts)
+            if matched is None and self._stop is not None:
+                texts.append(self._stop.flush())
+        return ChoicePiece(
+            self._index,
+            "".join(texts),
+            tuple(tokens),
+            is_first,
+            finish_reason if matched is None else FinishReason.STOP.value,
+            delta.stop_token_id if matched is None else matched,
+            delta.prompt_logprobs if is_first else None,
+            self._detokenizer.prompt_text if is_first else "",
+        )
+
+    def _emit(self, text: str, texts: list[str]) -> str | None:
+        """Adds what of ``text`` may be shown now; returns the stop string that it completed."""
+        if self._stop is None or self.num_tokens <= self._min_tokens:
+            texts.append(text)
+            return None
+        result = self._stop.feed(text)
+        texts.append(result.text)
+        return result.matched

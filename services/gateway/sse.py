@@ -1,0 +1,141 @@
+"""Server-sent events: a response that notices at once when its client has gone, whatever it is waiting for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from typing import Any, TypeVar
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from baton.services.gateway.errors import public_error
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+KEEPALIVE = b": keep-alive\n\n"
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One event with a JSON payload."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client goes: then ClientGoneError. The body must have been read."""
+    task: asyncio.Future[T] = asyncio.ensure_future(work)
+    gone = _watch(receive)
+    try:
+        await _first_of(task, gone)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        await _cancel(task, gone)
+
+
+async def open_stream(receive: Receive, events: AsyncGenerator[bytes, None], keepalive_s: float) -> EventStream:
+    """A response of ``events``. Waits for the first one, so that a failure before it is raised here and gets a real status.
+
+    It does not wait longer than ``keepalive_s``: then the stream begins, and a failure becomes an event.
+    """
+    first = asyncio.ensure_future(anext(events, None))
+    gone = _watch(receive)
+    try:
+        await _first_of(first, gone, timeout_s=keepalive_s)
+        if first.done():
+            first.result()
+        elif gone.done():
+            raise ClientGoneError
+    except BaseException:
+        await _cancel(first)
+        await events.aclose()
+        raise
+    finally:
+        await _cancel(gone)
+    return EventStream(first, events, keepalive_s)
+
+
+class EventStream(Response):
+    """Sends events as they come and a comment when there was none for ``keepalive_s``.
+
+    It always ends with ``[DONE]``, behind an error event if something failed.
+    """
+
+    def __init__(
+        self, first: asyncio.Future[bytes | None], events: AsyncGenerator[bytes, None], keepalive_s: float
+    ) -> None:
+        super().__init__(None, headers=_HEADERS, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._first = first
+        self._events = events
+        self._keepalive_s = keepalive_s
+        self._sent_s = 0.0
+        self._is_sending = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        tasks: list[asyncio.Future[Any]] = [self._first]
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._sent_s = loop.time()
+            tasks += [body := asyncio.ensure_future(self._send_events(send)), gone := _watch(receive)]
+            while not body.done() and not gone.done():
+                left_s = self._sent_s + self._keepalive_s - loop.time()
+                if left_s <= 0:
+                    if not self._is_sending:  # else the client is slow, not we
+                        await self._send(send, KEEPALIVE)
+                    left_s = self._keepalive_s
+                await _first_of(body, gone, timeout_s=left_s)
+            if body.done():
+                body.result()
+        finally:
+            await _cancel(*tasks)
+            await self._events.aclose()
+
+    async def _send_events(self, send: Send) -> None:
+        upcoming: Awaitable[bytes | None] = self._first
+        while True:
+            try:
+                chunk = await upcoming
+            except Exception as error:
+                await self._send(send, b"data: " + public_error(error).body() + b"\n\n")
+                break
+            if chunk is None:
+                break
+            await self._send(send, chunk)
+            upcoming = anext(self._events, None)
+        await self._send(send, DONE, more_body=False)
+
+    async def _send(self, send: Send, data: bytes, more_body: bool = True) -> None:
+        self._sent_s = asyncio.get_running_loop().time()
+        self._is_sending = True
+        await send({"type": "http.response.body", "body": data, "more_body": more_body})
+        self._is_sending = False
+
+
+def _watch(receive: Receive) -> asyncio.Future[None]:
+    """Done when the client has gone. The request's body must have been read."""
+
+    async def until_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    return asyncio.ensure_future(until_gone())
+
+
+async def _first_of(*tasks: asyncio.Future[Any], timeout_s: float | None = None) -> None:
+    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
