@@ -79,19 +79,32 @@ class GenerationRecord:
         return ttft_met and (self.slo_tpot_ms is None or self.tpot_ms is None or self.tpot_ms <= self.slo_tpot_ms)
 
 
+@dataclass(slots=True)
+class _Response:
+    """What one receipt is about: all generations of one request of a client."""
+
+    response_id: str
+    model: str
+    records: list[GenerationRecord] = field(default_factory=list)
+
+
 class ReceiptBook:
     """The newest receipts by the id that the client knows. A response with several choices is one receipt."""
 
     def __init__(self, on_end: Callable[[GenerationRecord], None], max_receipts: int = MAX_RECEIPTS) -> None:
         self._on_end = on_end
         self._max_receipts = max_receipts
-        self._by_receipt: OrderedDict[str, tuple[str, list[GenerationRecord]]] = OrderedDict()
+        self._by_receipt: OrderedDict[str, _Response] = OrderedDict()
 
     def open(self, request: GenerationRequest) -> GenerationRecord:
         """Starts the record of one generation."""
         record = GenerationRecord(request.request_id, len(request.prompt_token_ids), request.trace, request.slo)
-        _, records = self._by_receipt.setdefault(request.receipt_id, (request.model, []))
-        records.append(record)
+        # The choices of one response differ behind the last dot. A client that uses its id again means another response.
+        response_id = request.request_id.rpartition(".")[0]
+        response = self._by_receipt.get(request.receipt_id)
+        if response is None or response.response_id != response_id:
+            response = self._by_receipt[request.receipt_id] = _Response(response_id, request.model)
+        response.records.append(record)
         self._by_receipt.move_to_end(request.receipt_id)
         while len(self._by_receipt) > self._max_receipts:
             self._by_receipt.popitem(last=False)
@@ -105,7 +118,7 @@ class ReceiptBook:
 
     def get(self, receipt_id: str) -> dict[str, object] | None:
         found = self._by_receipt.get(receipt_id)
-        return None if found is None else render_receipt(receipt_id, *found)
+        return None if found is None else render_receipt(receipt_id, found.model, found.records)
 
 
 def render_receipt(receipt_id: str, model: str, records: Sequence[GenerationRecord]) -> dict[str, object]:

@@ -38,14 +38,14 @@ class Announcer:
         self._tasks: set[asyncio.Task[None]] = set()
         bus.subscribe(subjects.discover, lambda subject, payload: self.announce())
         bus.subscribe(subjects.kv_snapshot(identity.worker_id), lambda subject, payload: self._start_snapshot())
-        bus.on_connect(self._introduce)
 
     @property
     def kv_sequence(self) -> int:
         return self._kv_sequence
 
     async def run(self) -> None:
-        """Announces once a second until cancelled."""
+        """Announces once a second until cancelled, and whenever the bus is there anew."""
+        self._bus.on_connect(self._introduce)
         while True:
             self.announce()
             await asyncio.sleep(ANNOUNCE_EVERY_S)

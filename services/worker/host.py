@@ -130,9 +130,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
         runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
         worker.steps.start()
         await server.start()
-        await self._bus.start()
         self._health.set_ready()
         self._tasks.append(asyncio.create_task(self._announcer.run(), name="announce"))
+        await self._bus.start()
         self._tasks.append(asyncio.create_task(self._watch_steps(worker), name="watch-steps"))
         log.info(
             "worker ready",

@@ -20,6 +20,7 @@ from pydantic import ByteSize
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_hash import BlockNamer
+from baton.services.core.lifecycle import Instant
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.request import FinishReason, SampledToken, SamplingParams
 from baton.services.core.router import Placement
@@ -81,6 +82,8 @@ class Cluster:
         cache_salt = sampling.pop("cache_salt", "")
         params = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0), **sampling)
         request = GenerationRequest(name, name, "test", list(prompt), params, cache_salt, timeout_s=60.0)
+        for instant in (Instant.RECEIVED, Instant.ADMITTED, Instant.TOKENIZED):  # what the API layer does
+            request.trace.mark(instant, time.monotonic())
         generated = Generated(receipt_id=name)
         async for delta in self.dispatcher.generate(request):
             generated.indices += range(delta.first_index, delta.first_index + len(delta.tokens))
