@@ -47,7 +47,8 @@ def configure_logging(
         structlog.processors.TimeStamper(fmt="%H:%M:%S.%f" if use_console else "iso", utc=not use_console),
     ]
     renderers: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=output.isatty())]
+        # The default formatter of exceptions prints local variables, prompts among them, and takes seconds to do it.
+        [structlog.dev.ConsoleRenderer(colors=output.isatty(), exception_formatter=structlog.dev.plain_traceback)]
         if use_console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -82,3 +82,15 @@ def test_console_format_is_for_people() -> None:
     assert "granted" in stream.getvalue()
     assert "num_blocks" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
+
+
+def test_a_logged_exception_on_the_console_does_not_show_local_variables() -> None:
+    stream = io.StringIO()
+    configure_logging("gateway", log_format="console", stream=stream)
+    prompt = "-".join(["my", "private", "text"])
+    try:
+        raise RuntimeError(f"{len(prompt)} characters were too many")
+    except RuntimeError as error:
+        structlog.get_logger().error("failed", exc_info=error)
+    assert "15 characters were too many" in stream.getvalue()
+    assert prompt not in stream.getvalue()
