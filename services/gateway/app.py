@@ -60,7 +60,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         refusal = HttpRefusal(405, "method_not_allowed", f"{path!r} does not take {request.method}.")
         response = public_error(refusal).response()
-        response.headers["allow"] = (error.headers or {}).get("allow", "")
+        response.headers.update(error.headers or {})  # Allow
         return response
     return public_error(HttpRefusal(error.status_code, "http_error", "The request was refused.")).response()
 

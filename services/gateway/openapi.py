@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
 
+@cache
 def json_request(body: type[BaseModel]) -> dict[str, Any]:
     """``openapi_extra`` of a route whose JSON body is ``body``, with nested models in place."""
     schema = body.model_json_schema()
