@@ -1,4 +1,4 @@
-"""Draws the protocol's tables as Mermaid state diagrams: ``python -m baton.kvtransfer.diagram`` prints what the README holds."""
+"""Draws the protocol's tables as Mermaid state diagrams; ``python -m baton.kvtransfer.diagram`` prints the README's part."""
 
 from __future__ import annotations
 

@@ -65,5 +65,5 @@ class LocalProtocolError(IllegalEvent):
 class RemoteProtocolError(IllegalEvent):
     """The peer broke the rules."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(TransferCode.PROTOCOL, message)
+    def __init__(self, message: str, code: TransferCode = TransferCode.PROTOCOL) -> None:
+        super().__init__(code, message)

@@ -203,7 +203,9 @@ class GiveUp(LocalEvent):
 
 @dataclass(frozen=True, slots=True)
 class Open(LocalEvent):
-    """Sender: begin."""
+    """Sender: the peer is known and compatible; blocks go by this transport."""
+
+    transport: str
 
 
 @dataclass(frozen=True, slots=True)

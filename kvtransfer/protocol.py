@@ -47,7 +47,7 @@ class HandoffLimits:
 class SenderState(StrEnum):
     """Where the sending side is."""
 
-    IDLE = "idle"
+    IDLE = "idle"  # before the handshake
     RESERVING = "reserving"  # asked for slots
     PUSHING = "pushing"  # blocks go out as they are computed
     FLUSHING = "flushing"  # all are computed; some are still going out
@@ -96,8 +96,10 @@ def _moving(here: SenderState) -> Row[SenderState]:
 
 SENDER: Table[SenderState] = {
     S.IDLE: {
+        m.BlocksReady: (go(S.IDLE, "note_ready", when="in_manifest"),),
+        m.Finish: (go(S.IDLE, "note_finish", when="all_ready"),),
         m.Open: (go(S.RESERVING, "send_reserve"),),
-        m.GiveUp: (go(S.FAILED, "blame", "end"),),
+        **row((m.GiveUp, m.PeerLost), go(S.FAILED, "blame", "end")),
     },
     S.RESERVING: {
         m.BlocksReady: (go(S.RESERVING, "note_ready", when="in_manifest"),),

@@ -28,19 +28,18 @@ class Sender(Machine[SenderState]):
         num_tokens: int,
         *,
         block_bytes: int,
-        transport: str,
         limits: HandoffLimits | None = None,
         deadline_s: float | None = None,
     ) -> None:
         super().__init__(handoff, SenderState.IDLE)
         self.block_names = tuple(block_names)
         self.num_tokens = num_tokens
-        self.transport = transport
         self.limits = limits or HandoffLimits()
         self.error: TransferError | None = None
         self.report: m.TransferReport | None = None
         self._block_bytes = block_bytes
         self._deadline_s = deadline_s
+        self._transport = ""
         self._slots: dict[int, m.Slot] = {}
         self._token = b""
         self._lease_s = self.limits.lease_s
@@ -124,12 +123,13 @@ class Sender(Machine[SenderState]):
     # Deeds.
 
     def _do_send_reserve(self, event: m.Open, now: float) -> list[m.Command]:
+        self._transport = event.transport
         self._opened_s = now
         self._timers[m.ReserveOverdue] = now + self.limits.reserve_timeout_s
         self._timers[m.HandoffOverdue] = (
             now + self.limits.max_handoff_s if self._deadline_s is None else self._deadline_s
         )
-        return [m.Send(m.Reserve(self.handoff, self.block_names, self.num_tokens, self.transport))]
+        return [m.Send(m.Reserve(self.handoff, self.block_names, self.num_tokens, event.transport))]
 
     def _do_note_ready(self, event: m.BlocksReady, now: float) -> None:
         self._ready |= bitmap.of(event.indices)
@@ -194,7 +194,7 @@ class Sender(Machine[SenderState]):
     def _do_succeed(self, event: m.Ack, now: float) -> None:
         num_sent = self._granted.bit_count()
         self.report = m.TransferReport(
-            transport=self.transport,
+            transport=self._transport,
             num_blocks=num_sent,
             num_blocks_skipped=len(self.block_names) - num_sent,
             num_bytes=num_sent * self._block_bytes,

@@ -58,9 +58,9 @@ class PairWorld:
         self.rng = random.Random(self.seed)
         limits = HandoffLimits(lease_s=15, reserve_timeout_s=20, ack_timeout_s=20, patience_s=2, max_handoff_s=100)
         options = {"block_bytes": BLOCK_BYTES, "limits": limits}
-        self.sender = Sender(kv.HANDOFF, kv.names(self.num_blocks), self.num_blocks, transport="tcp", **options)
+        self.sender = Sender(kv.HANDOFF, kv.names(self.num_blocks), self.num_blocks, **options)
         self.receiver = Receiver(kv.HANDOFF, token=kv.TOKEN, **options)
-        self.feed(self.sender, m.Open())
+        self.feed(self.sender, m.Open("tcp"))
 
     # The shells.
 

@@ -34,7 +34,7 @@ EVENTS: dict[type[m.Event], m.Event] = {
         m.Renewed(kv.HANDOFF, 1.0),
         m.PeerLost("gone"),
         m.GiveUp("enough"),
-        m.Open(),
+        m.Open("tcp"),
         m.BlocksReady((0,)),
         m.BlocksSent(((0, kv.checksum(0)),)),
         m.LinkLost("reset"),
@@ -51,7 +51,7 @@ TIMEOUTS = (m.ReserveOverdue, m.LeaseExpired, m.AckOverdue, m.PatienceOver, m.Ha
 
 
 def make_sender() -> Sender:
-    return Sender(kv.HANDOFF, kv.names(3), 40, block_bytes=kv.BLOCK_BYTES, transport="tcp")
+    return Sender(kv.HANDOFF, kv.names(3), 40, block_bytes=kv.BLOCK_BYTES)
 
 
 def make_receiver() -> Receiver:

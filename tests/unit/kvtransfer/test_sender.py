@@ -18,7 +18,7 @@ LIMITS = HandoffLimits(reserve_timeout_s=60, ack_timeout_s=30, max_resends=1)
 
 
 def make(**options: Any) -> Sender:
-    options = {"block_bytes": 100, "transport": "tcp", "limits": LIMITS, **options}
+    options = {"block_bytes": 100, "limits": LIMITS, **options}
     return Sender(kv.HANDOFF, kv.names(3), 40, **options)
 
 
@@ -29,7 +29,7 @@ def sent(*indices: int) -> m.BlocksSent:
 def pushing(now: float = 10.0) -> Sender:
     """Granted at ``now``, all blocks ready and pushed."""
     sender = make()
-    sender.receive(m.Open(), now)
+    sender.receive(m.Open("tcp"), now)
     sender.receive(m.BlocksReady((0, 1, 2)), now)
     sender.receive(GRANT, now)
     return sender
@@ -54,7 +54,7 @@ def aborts(commands: list[m.Command]) -> list[TransferCode]:
 
 def test_blocks_are_pushed_as_they_become_ready_and_what_the_receiver_has_is_not_sent() -> None:
     sender = make()
-    assert sender.receive(m.Open(), 1.0) == [m.Send(m.Reserve(kv.HANDOFF, kv.names(3), 40, "tcp"))]
+    assert sender.receive(m.Open("tcp"), 1.0) == [m.Send(m.Reserve(kv.HANDOFF, kv.names(3), 40, "tcp"))]
     assert sender.receive(m.BlocksReady((0,)), 2.0) == []
     assert sender.receive(GRANT, 3.0) == [m.PushBlocks(kv.slots(0), kv.TOKEN)]
     assert sender.receive(m.BlocksReady((1, 2)), 4.0) == [m.PushBlocks(kv.slots(2), kv.TOKEN)]
@@ -72,7 +72,7 @@ def test_blocks_are_pushed_as_they_become_ready_and_what_the_receiver_has_is_not
 
 def test_a_prompt_computed_before_the_grant_is_committed_as_soon_as_it_is_out() -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     sender.receive(m.BlocksReady((0, 1, 2)), 1.0)
     assert sender.receive(m.Finish(kv.FIRST_TOKEN), 2.0) == []
     assert sender.receive(GRANT, 3.0) == [m.PushBlocks(kv.slots(0, 2), kv.TOKEN)]
@@ -82,7 +82,7 @@ def test_a_prompt_computed_before_the_grant_is_committed_as_soon_as_it_is_out() 
 
 def test_a_receiver_that_has_everything_is_sent_only_the_commit() -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     sender.receive(m.BlocksReady((0, 1, 2)), 1.0)
     sender.receive(m.Finish(kv.FIRST_TOKEN), 2.0)
     commands = sender.receive(m.Grant(kv.HANDOFF, (), 15.0, kv.TOKEN), 3.0)
@@ -91,7 +91,7 @@ def test_a_receiver_that_has_everything_is_sent_only_the_commit() -> None:
 
 def test_finishing_before_all_blocks_are_ready_is_a_mistake_and_changes_nothing() -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     sender.receive(m.BlocksReady((0, 1)), 1.0)
     with pytest.raises(LocalProtocolError):
         sender.receive(m.Finish(kv.FIRST_TOKEN), 2.0)
@@ -104,7 +104,7 @@ def test_finishing_before_all_blocks_are_ready_is_a_mistake_and_changes_nothing(
 @pytest.mark.parametrize("index", [-1, 3])
 def test_a_block_outside_the_manifest_is_a_mistake(index: int) -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     with pytest.raises(LocalProtocolError):
         sender.receive(m.BlocksReady((0, index)), 2.0)
 
@@ -112,7 +112,7 @@ def test_a_block_outside_the_manifest_is_a_mistake(index: int) -> None:
 @pytest.mark.parametrize("slots", [kv.slots(3), kv.slots(0, 0)])
 def test_an_impossible_grant_is_given_back(slots: tuple[m.Slot, ...]) -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     commands = sender.receive(m.Grant(kv.HANDOFF, slots, 15.0, kv.TOKEN), 2.0)
     assert aborts(commands) == [TransferCode.PROTOCOL]
     assert outcome(sender.receive(m.Quiet(), 2.0)).error is not None
@@ -120,7 +120,7 @@ def test_an_impossible_grant_is_given_back(slots: tuple[m.Slot, ...]) -> None:
 
 def test_a_refusal_ends_it_at_once() -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     (done,) = sender.receive(m.Refuse(kv.HANDOFF, TransferCode.NO_CAPACITY, "full"), 2.0)
     assert isinstance(done, m.Done)
     assert done.error is not None
@@ -129,7 +129,7 @@ def test_a_refusal_ends_it_at_once() -> None:
 
 def test_a_grant_that_comes_after_the_end_is_given_back() -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     assert aborts(sender.receive(m.GiveUp("enough"), 2.0)) == [TransferCode.ABORTED]
     assert aborts(sender.receive(GRANT, 3.0)) == [TransferCode.ABORTED]
     assert sender.state is SenderState.FAILED
@@ -206,7 +206,7 @@ def test_what_the_peer_refused_is_not_aborted_again() -> None:
 
 def test_no_slots_in_time_ends_the_wait_and_tells_the_peer() -> None:
     sender = make()
-    sender.receive(m.Open(), 1.0)
+    sender.receive(m.Open("tcp"), 1.0)
     assert sender.deadline == 61.0
     assert sender.handle_timer(60.9) == []
     assert aborts(sender.handle_timer(61.0)) == [TransferCode.NO_CAPACITY]
@@ -232,7 +232,7 @@ def test_an_unanswered_commit_ends() -> None:
 def test_the_requests_deadline_ends_it_in_every_waiting_state() -> None:
     for prepare in (lambda s: None, lambda s: s.receive(GRANT, 2.0)):
         sender = make(deadline_s=5.0)
-        sender.receive(m.Open(), 1.0)
+        sender.receive(m.Open("tcp"), 1.0)
         prepare(sender)
         assert sender.deadline == 5.0
         assert aborts(sender.handle_timer(5.0)) == [TransferCode.EXPIRED]

@@ -58,16 +58,18 @@ class SharedMemory(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("refusal", "receiver", "transport", "data_address")
+    __slots__ = ("refusal", "receiver", "transport", "data_address", "data_token")
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DATA_TOKEN_FIELD_NUMBER: _ClassVar[int]
     refusal: Refusal
     receiver: _common_pb2.WorkerIdentity
     transport: str
     data_address: str
-    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., receiver: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., transport: _Optional[str] = ..., data_address: _Optional[str] = ...) -> None: ...
+    data_token: bytes
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., receiver: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., transport: _Optional[str] = ..., data_address: _Optional[str] = ..., data_token: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("handoff", "endpoints", "block_names", "num_tokens", "transport")
@@ -134,14 +136,16 @@ class CommitResponse(_message.Message):
     def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., missing: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
-    __slots__ = ("handoff", "endpoints", "reason")
+    __slots__ = ("handoff", "endpoints", "reason", "code")
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
     handoff: HandoffKey
     endpoints: Endpoints
     reason: str
-    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+    code: str
+    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., reason: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class AbortResponse(_message.Message):
     __slots__ = ("known",)

@@ -1,0 +1,149 @@
+"""The transfer agent: the one object that a worker has for handing blocks over, in both directions.
+
+It lives on the worker's event loop. The pure machines decide; this shell owns the sockets, the calls, the timers and two
+threads for copies and checksums, so that neither a slow peer nor a large block ever holds up the loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc.aio
+
+from baton.kvtransfer.context import AgentContext
+from baton.kvtransfer.handshake import PeerClient
+from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
+from baton.kvtransfer.incoming import ReceiverHost
+from baton.kvtransfer.layout import Compatibility
+from baton.kvtransfer.mapping import host_id
+from baton.kvtransfer.memory import BlockMemory
+from baton.kvtransfer.options import TransferOptions
+from baton.kvtransfer.receiving import ReceivingSide
+from baton.kvtransfer.sending import HandoffSpec, SenderHandoff, SendingSide
+from baton.kvtransfer.service import KVTransferClient, add_to_server
+from baton.kvtransfer.stats import TransferStats
+from baton.kvtransfer.transport.listener import DataListener
+from baton.kvtransfer.transport.registry import make_transports
+
+_WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - recognised, not chosen
+
+# One thread can hash what goes out while the other copies what comes in.
+_NUM_THREADS = 2
+
+
+class TransferAgent:
+    """Hands blocks of ``memory`` to other workers, and takes theirs on behalf of ``host``.
+
+    ``transports``: ``"auto"`` or names, best first. The data plane listens on ``data_host:data_port`` (0: any free port) and
+    tells peers ``advertised_host``, which must be given when listening on every address. ``clock`` is what deadlines are on.
+    ``open_channel`` makes the gRPC channel to a peer's address.
+
+    Raises TransferError when a transport that was asked for by name does not work here.
+    """
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        compatibility: Compatibility,
+        memory: BlockMemory,
+        host: ReceiverHost,
+        *,
+        transports: str | Sequence[str] = "auto",
+        data_host: str = "127.0.0.1",
+        data_port: int = 0,
+        advertised_host: str | None = None,
+        options: TransferOptions | None = None,
+        open_channel: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if memory.block_bytes != compatibility.layout.block_bytes:
+            raise ValueError(f"blocks of {memory.block_bytes} bytes, {compatibility.layout.block_bytes} in the layout")
+        if data_host in _WILDCARDS and not advertised_host:
+            raise ValueError("a data plane that listens on every address must be told which one to tell its peers")
+        self.identity = identity
+        self.host_id = host_id()
+        self._data_host, self._data_port = data_host, data_port
+        self._advertised_host = advertised_host or data_host
+        self._open_channel = open_channel
+        self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kv-copy")
+        self._context = AgentContext(
+            identity,
+            compatibility,
+            memory,
+            make_transports(transports, memory, self._executor),
+            self._executor,
+            options or TransferOptions(),
+            TransferStats(),
+            clock,
+            self._connect,
+        )
+        self._sending = SendingSide(self._context)
+        self._receiving = ReceivingSide(self._context, host)
+        self._listener: DataListener | None = None
+
+    # Life.
+
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Registers the control plane with the worker's gRPC server, before that starts."""
+        add_to_server(server, self._receiving, self.identity)
+
+    async def start(self) -> None:
+        """Opens the data plane. Raises TransferError when it cannot listen."""
+        self._listener = DataListener(self._data_host, self._data_port, self._receiving, self._context.options)
+        host = f"[{self._advertised_host}]" if ":" in self._advertised_host else self._advertised_host
+        self._receiving.data_address = f"{host}:{self._listener.port}"
+
+    @property
+    def data_address(self) -> str:
+        """host:port of the data plane, as peers reach it. Empty before ``start``."""
+        return self._receiving.data_address
+
+    @property
+    def transport_names(self) -> tuple[str, ...]:
+        """What this worker can use, best first."""
+        return tuple(self._context.transports)
+
+    async def close(self) -> None:
+        """Gives up every handoff, tells the peers, and returns when no byte moves any more. ``memory`` stays its owner's."""
+        await self._sending.close()
+        await self._receiving.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._executor.shutdown()
+
+    # Sending.
+
+    def open(self, spec: HandoffSpec) -> SenderHandoff:
+        """Begins to hand a prompt's blocks over: shakes hands if need be and reserves, in the background."""
+        return self._sending.open(spec)
+
+    # Receiving.
+
+    def expect(self, key: HandoffKey, sender: WorkerIdentity, deadline_s: float | None = None) -> None:
+        """Announces a handoff. Without this its reservation is refused; one that came early goes on now."""
+        self._receiving.expect(key, sender, deadline_s)
+
+    def forget(self, key: HandoffKey) -> None:
+        """The handoff is no longer wanted. Idempotent. One under way is given up and its slots come back by ``released``."""
+        self._receiving.forget(key)
+
+    # For the worker's metrics, and for tests.
+
+    def stats(self) -> TransferStats:
+        """What was counted so far. Owned by the agent: read, do not keep."""
+        stats = self._context.stats
+        active = self._receiving.active
+        stats.num_receiving = len(active)
+        stats.num_quarantined = sum(handoff.num_quarantined for handoff in active)
+        return stats
+
+    def tick(self) -> None:
+        """Fires every timer that is due by ``clock``. Timers fire by themselves; this is for a clock that was moved."""
+        self._sending.tick()
+        self._receiving.tick()
+
+    def _connect(self, address: str) -> PeerClient:
+        timeout_s = self._context.options.rpc_timeout_s
+        return KVTransferClient(self._open_channel(address), address, timeout_s=timeout_s)

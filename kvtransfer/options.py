@@ -1,0 +1,24 @@
+"""How long the agent waits for what, and how much it lets in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.kvtransfer.protocol import HandoffLimits
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """Seconds, unless said otherwise."""
+
+    limits: HandoffLimits = field(default_factory=HandoffLimits)
+    heartbeat_s: float = 5.0  # a third of the lease: one may be lost and one late
+    expect_wait_s: float = 10.0  # a reservation that comes before its announcement waits this long
+    rpc_timeout_s: float = 5.0  # calls that only exchange a few fields
+    connect_timeout_s: float = 2.0
+    hello_timeout_s: float = 2.0  # a connection that has not said who it is by then is closed
+    stall_s: float = 10.0  # a frame that does not move
+    close_timeout_s: float = 5.0  # what is under way when the agent closes
+    max_unknown_connections: int = 64  # connections that have not said who they are
+    max_connections_per_peer: int = 4  # more than one only while a broken one is being replaced
+    max_waiting_reservations: int = 1024  # reservations that wait for their announcement

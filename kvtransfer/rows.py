@@ -1,0 +1,65 @@
+"""Rows of equal length in one piece of host memory: what transports read, write, copy and hash."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+# A copy this long is still in a core's cache when its checksum is taken, and long enough that the loop around it costs nothing.
+_COPY_BYTES = 512 * 1024
+
+
+class Rows:
+    """``num_rows`` rows of ``row_bytes`` bytes over ``buffer``, which stays alive with this object and its views."""
+
+    def __init__(self, buffer: mmap.mmap | bytearray, num_rows: int, row_bytes: int) -> None:
+        self.num_rows = num_rows
+        self.row_bytes = row_bytes
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(buffer, np.uint8, count=num_rows * row_bytes)
+        self._view = memoryview(buffer)
+
+    def row(self, index: int) -> memoryview:
+        """The bytes of one row; writable if the buffer is."""
+        start = index * self.row_bytes
+        return self._view[start : start + self.row_bytes]
+
+    def checksum(self, index: int) -> int:
+        """xxh3_64 of one row."""
+        return xxhash.xxh3_64_intdigest(self.row(index))
+
+    def checksums(self, indices: Iterable[int]) -> list[int]:
+        """xxh3_64 of each of these rows."""
+        return [self.checksum(index) for index in indices]
+
+    def copy_from(self, source: Rows, pairs: Sequence[tuple[int, int]]) -> list[int]:
+        """Copies rows, (source row, our row) each, and returns the checksum of each of our copies.
+
+        The checksum is of the copy and taken after it, so that it also tells when the source changed meanwhile.
+        """
+        checksums: list[int] = []
+        size = self.row_bytes
+        for from_row, to_row, count in _runs(pairs, max(1, _COPY_BYTES // size)):
+            ours = self._bytes[to_row * size : (to_row + count) * size]
+            ours[:] = source._bytes[from_row * size : (from_row + count) * size]
+            checksums += self.checksums(range(to_row, to_row + count))
+        return checksums
+
+
+def _runs(pairs: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int, int]]:
+    """Joins pairs that follow each other on both sides: (first source row, first target row, count)."""
+    position = 0
+    while position < len(pairs):
+        source, target = pairs[position]
+        count = 1
+        while (
+            count < longest
+            and position + count < len(pairs)
+            and pairs[position + count] == (source + count, target + count)
+        ):
+            count += 1
+        yield source, target, count
+        position += count

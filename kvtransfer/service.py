@@ -1,0 +1,137 @@
+"""The control plane over gRPC: a servicer in front of an agent, and a client for a peer's."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
+from baton.api.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
+from baton.kvtransfer import messages as m
+from baton.kvtransfer import wire
+from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
+from baton.kvtransfer.handshake import Handshake, HandshakeReply, HeartbeatReply
+from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
+from baton.kvtransfer.receiving import ReceivingSide
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Parsed = TypeVar("Parsed")
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVTransferService"].full_name
+
+# The answer to a reservation or a commit comes when the machine that gave it up says so; the call only backs that up.
+_GRACE_S = 2.0
+
+
+class KVTransferServicer(pb_grpc.KVTransferServiceServicer):
+    """Serves what senders ask of a receiving side. Malformed requests get INVALID_ARGUMENT, naming the field."""
+
+    def __init__(self, receiving: ReceivingSide, identity: WorkerIdentity) -> None:
+        self._receiving = receiving
+        self._identity = identity
+
+    async def Handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeResponse:
+        handshake = await _parse(wire.handshake_from_wire, request, context)
+        try:
+            reply = self._receiving.handshake(handshake)
+        except TransferError as error:
+            receiver = wire.identity_to_wire(self._identity)
+            return pb.HandshakeResponse(refusal=wire.refusal_to_wire(error.code, error.message), receiver=receiver)
+        return wire.handshake_reply_to_wire(reply, self._identity)
+
+    async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
+        message = await _parse(wire.reserve_from_wire, request, context)
+        return wire.reserve_answer_to_wire(await self._receiving.reserve(message))
+
+    async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+        message = await _parse(wire.commit_from_wire, request, context)
+        return wire.commit_answer_to_wire(await self._receiving.commit(message))
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        message = await _parse(wire.abort_from_wire, request, context)
+        return pb.AbortResponse(known=self._receiving.abort(message))
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
+        sender, receiver = await _parse(wire.endpoints_from_wire, request.endpoints, context)
+        live = await _parse(lambda keys: [wire.key_from_wire(key) for key in keys], request.live, context)
+        try:
+            reply = self._receiving.heartbeat(sender, receiver, live)
+        except TransferError as error:
+            return pb.HeartbeatResponse(refusal=wire.refusal_to_wire(error.code, error.message))
+        return pb.HeartbeatResponse(unknown=[wire.key_to_wire(key) for key in reply.unknown])
+
+
+def add_to_server(server: grpc.aio.Server, receiving: ReceivingSide, identity: WorkerIdentity) -> None:
+    """Registers the service, before ``server`` starts."""
+    pb_grpc.add_KVTransferServiceServicer_to_server(KVTransferServicer(receiving, identity), server)
+
+
+async def _parse(parse: Callable[[Request], Parsed], request: Request, context: Context) -> Parsed:
+    try:
+        return parse(request)
+    except ValueError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        raise  # abort raises; this is for the type checker
+
+
+class KVTransferClient:
+    """Asks one peer. Owns ``channel``. Implements PeerClient."""
+
+    def __init__(self, channel: grpc.aio.Channel, address: str, *, timeout_s: float) -> None:
+        self._channel = channel
+        self._address = address
+        self._timeout_s = timeout_s
+        self._stub = pb_grpc.KVTransferServiceStub(channel)
+
+    async def handshake(self, handshake: Handshake) -> HandshakeReply:
+        response = await self._call(self._stub.Handshake, wire.handshake_to_wire(handshake), self._timeout_s)
+        if response.HasField("refusal"):
+            raise wire.refusal_from_wire(response.refusal)
+        return self._read(wire.handshake_reply_from_wire, response)
+
+    async def reserve(self, message: m.Reserve, timeout_s: float) -> m.Grant | m.Refuse:
+        response = await self._call(self._stub.Reserve, wire.reserve_to_wire(message), timeout_s + _GRACE_S)
+        return self._read(lambda answer: wire.reserve_answer_from_wire(answer, message.handoff), response)
+
+    async def commit(self, message: m.Commit, timeout_s: float) -> m.Ack | m.Incomplete | m.Refuse:
+        response = await self._call(self._stub.Commit, wire.commit_to_wire(message), timeout_s + _GRACE_S)
+        return self._read(lambda answer: wire.commit_answer_from_wire(answer, message), response)
+
+    async def abort(self, message: m.Abort) -> None:
+        await self._call(self._stub.Abort, wire.abort_to_wire(message), self._timeout_s)
+
+    async def heartbeat(
+        self, sender: WorkerIdentity, receiver: WorkerIdentity, live: Sequence[HandoffKey]
+    ) -> HeartbeatReply:
+        request = pb.HeartbeatRequest(
+            endpoints=wire.endpoints_to_wire(sender, receiver), live=[wire.key_to_wire(key) for key in live]
+        )
+        response = await self._call(self._stub.Heartbeat, request, self._timeout_s)
+        if response.HasField("refusal"):
+            raise wire.refusal_from_wire(response.refusal)
+        return HeartbeatReply(self._read(lambda answer: frozenset(map(wire.key_from_wire, answer.unknown)), response))
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def _call(self, method: Callable[..., Awaitable[Response]], request: object, timeout_s: float) -> Response:
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            is_ours = error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            code = TransferCode.PROTOCOL if is_ours else TransferCode.PEER_LOST
+            why = f"{self._address} answered {error.code().name}: {error.details()}"
+            raise TransferError(code, why) from error
+        except grpc.aio.UsageError as error:
+            raise TransferError(TransferCode.PEER_LOST, f"the channel to {self._address} is closed") from error
+
+    def _read(self, parse: Callable[[Response], Parsed], response: Response) -> Parsed:
+        try:
+            return parse(response)
+        except ValueError as error:
+            raise RemoteProtocolError(f"{self._address} answered nonsense: {error}") from error

@@ -1,0 +1,133 @@
+"""Blocks of a cache that is not host memory: rows are a bounded staging area that blocks pass through on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from baton.kernels import gather_blocks, scatter_blocks
+from baton.kvtransfer.mapping import create_mapping
+from baton.kvtransfer.rows import Rows
+
+
+class StagedBlockMemory:
+    """The blocks of ``kv_cache`` [num_blocks, *block_shape] on any device, through ``num_rows`` rows of host memory.
+
+    Half of the rows are for blocks going out, half for blocks coming in, so that neither direction can starve the other. All
+    device copies run on one thread of their own, which waits for each: when ``load`` returns the bytes are there, and
+    when ``store`` returns they can be read by kernels launched from then on.
+    """
+
+    is_staged = True
+
+    def __init__(self, kv_cache: torch.Tensor, num_rows: int) -> None:
+        if num_rows < 2:
+            raise ValueError(f"a staging area of {num_rows} rows; each direction needs one")
+        self.num_blocks = kv_cache.shape[0]
+        self.block_bytes = kv_cache[0].numel() * kv_cache.element_size()
+        num_bytes = num_rows * self.block_bytes
+        mapping, self._fd, self.shared = create_mapping(num_bytes)
+        self.rows = Rows(mapping, num_rows, self.block_bytes)
+        self._cache = kv_cache
+        host = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
+        self._host = host.view(kv_cache.dtype).view(num_rows, *kv_cache.shape[1:])
+        self._outgoing = _RowPool(range(num_rows // 2))
+        self._incoming = _RowPool(range(num_rows // 2, num_rows))
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="kv-staging")
+        self.max_rows = num_rows // 2
+
+    async def load(self, block_ids: Sequence[int]) -> list[int]:
+        rows = await self._outgoing.take(len(block_ids))
+        loop = asyncio.get_running_loop()
+        copying = self._device_thread.submit(self._gather, rows, list(block_ids))
+        try:
+            await asyncio.wrap_future(copying)
+        except BaseException:
+            # A copy that has begun cannot be stopped: its rows are usable again once it is over.
+            copying.add_done_callback(lambda _: loop.call_soon_threadsafe(self.unload, rows))
+            raise
+        return rows
+
+    def unload(self, rows: Sequence[int]) -> None:
+        self._outgoing.give_back(rows)
+
+    async def claim(self, block_ids: Sequence[int]) -> list[int]:
+        return await self._incoming.take(len(block_ids))
+
+    def try_claim(self, block_ids: Sequence[int]) -> list[int] | None:
+        return self._incoming.try_take(len(block_ids))
+
+    def store(self, rows: Sequence[int], block_ids: Sequence[int]) -> None:
+        self._device_thread.submit(self._scatter, list(rows), list(block_ids)).result()
+
+    def unclaim(self, rows: Sequence[int]) -> None:
+        self._incoming.give_back(rows)
+
+    def close(self) -> None:
+        self._device_thread.shutdown()
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = self.shared = None
+
+    def _gather(self, rows: list[int], block_ids: list[int]) -> None:
+        blocks = torch.empty((len(rows), *self._cache.shape[1:]), dtype=self._cache.dtype, device=self._cache.device)
+        gather_blocks(self._cache, self._ids(block_ids), blocks)
+        for row, block in zip(rows, blocks, strict=True):
+            self._host[row].copy_(block)
+        self._wait()
+
+    def _scatter(self, rows: list[int], block_ids: list[int]) -> None:
+        blocks = self._host[rows].to(self._cache.device)
+        scatter_blocks(self._cache, self._ids(block_ids), blocks)
+        self._wait()
+
+    def _ids(self, block_ids: list[int]) -> torch.Tensor:
+        return torch.tensor(block_ids, dtype=torch.int64, device=self._cache.device)
+
+    def _wait(self) -> None:
+        if self._cache.is_cuda:
+            torch.cuda.synchronize(self._cache.device)
+
+
+class _RowPool:
+    """Free rows, handed out first come, first served."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._free = deque(rows)
+        self._capacity = len(rows)
+        self._waiting: deque[tuple[int, asyncio.Future[list[int]]]] = deque()
+
+    def try_take(self, count: int) -> list[int] | None:
+        if count > self._capacity:
+            raise ValueError(f"{count} rows asked of a staging area of {self._capacity}")
+        if self._waiting or count > len(self._free):
+            return None
+        return [self._free.popleft() for _ in range(count)]
+
+    async def take(self, count: int) -> list[int]:
+        rows = self.try_take(count)
+        if rows is not None:
+            return rows
+        future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.give_back(future.result())
+            raise
+
+    def give_back(self, rows: Sequence[int]) -> None:
+        self._free.extend(rows)
+        while self._waiting:
+            count, future = self._waiting[0]
+            if not future.done():
+                if count > len(self._free):
+                    return
+                future.set_result([self._free.popleft() for _ in range(count)])
+            self._waiting.popleft()

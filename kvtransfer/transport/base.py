@@ -1,0 +1,78 @@
+"""What a transport is.
+
+Blocks are announced in frames on one data-plane connection per pair of workers, whatever moves their bytes. A transport says
+how an announced block gets from the sender's rows into the receiver's: following the frame inline (``tcp``), or taken by the
+receiver out of memory that it can reach (``shm``). Its verbs: ``offer`` and ``attach`` for the handshake, ``land`` and ``stop``
+for blocks, ``close``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from baton.kvtransfer.mapping import SharedMemory
+from baton.kvtransfer.rows import Rows
+from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
+from baton.kvtransfer.transport.stream import Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a sender tells in the handshake about itself."""
+
+    host_id: str
+    shared: SharedMemory | None
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """How writes ended, by index of their blocks."""
+
+    landed: Sequence[tuple[int, int]] = ()  # (index, checksum) of our own copy, equal to the announced one
+    corrupt: Sequence[int] = ()
+    broken: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class Arrival:
+    """The blocks of one frame, checked against the grant."""
+
+    fence: bytes
+    entries: Sequence[BlockEntry]
+    allowed: set[int]  # indices that may land; the others' bytes are dropped
+    source: Rows | None  # the sender's rows, where ``attach`` gave some
+    resume: Callable[[], None]  # the stream may go on reading
+    ended: Callable[[Landed], None] = field(repr=False)  # on the event loop; every allowed index once, in any grouping
+
+
+class Transport(Protocol):
+    """One way of moving blocks, for both directions of one worker. Lives on the event loop."""
+
+    name: ClassVar[str]
+    kind: ClassVar[FrameKind]  # of the frames that announce its blocks
+    is_inline: ClassVar[bool]  # their bytes follow the frame; else the sender keeps its rows until the verdict
+
+    def offer(self) -> SharedMemory | None:
+        """Sender: what the receiver needs to know to ``attach``."""
+        ...
+
+    def attach(self, offer: Offer) -> Rows | None:
+        """Receiver: makes sure that blocks can come this way, and returns the rows they are taken from, if they are.
+
+        Raises TransferError with the reason why not.
+        """
+        ...
+
+    def land(self, arrival: Arrival) -> Payload | None:
+        """Receiver: brings the allowed blocks into their slots. Returns who reads what follows the frame, if anything does."""
+        ...
+
+    def stop(self, fence: bytes) -> None:
+        """Receiver: ends the landings of a handoff as soon as can be; each is still reported."""
+        ...
+
+    async def close(self) -> None:
+        """Ends every landing and returns when none is left."""
+        ...

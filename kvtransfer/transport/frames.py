@@ -1,0 +1,162 @@
+"""The data plane's frames: a header of 64 bytes, then a bounded body, then, for blocks sent inline, their bytes. Pure.
+
+Header, little-endian:
+
+    magic 4 | version u16 | kind u8 | 0 u8 | count u16 | 0 u16 | body bytes u32 | fence 16 | token 32
+
+``fence`` is the digest of the handoff (key and both processes), or of the pair of processes in HELLO. ``token`` is the
+handoff's transfer token, or the pair's data token in HELLO; zero in what the receiver sends. ``count`` entries make the body:
+
+    BLOCKS, BLOCK_REFS   index u32 | block id u32 | generation u64 | checksum u64 | source row u32 | block bytes u32
+    VERDICTS             index u32 | 1 landed, 0 corrupt u32
+    GONE, CLOSE          code and reason, each u16 length and UTF-8 (count is 0)
+    HELLO                nothing
+
+Every length is checked against a fixed bound before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from baton.kvtransfer.errors import RemoteProtocolError, TransferCode
+from baton.kvtransfer.layout import PROTOCOL_VERSION
+from baton.kvtransfer.messages import Slot
+
+MAGIC = b"BTKV"
+MAX_ENTRIES = 64
+"""Blocks in one frame. Enough that a frame's cost is spread, few enough that an abort never waits long for one."""
+
+_HEADER = struct.Struct("<4sHBBHHI16s32s")
+_BLOCK = struct.Struct("<IIQQII")
+_VERDICT = struct.Struct("<II")
+_TEXT = struct.Struct("<HH")
+_MAX_TEXT_BYTES = 1024  # a code and a reason
+
+HEADER_BYTES = _HEADER.size
+MAX_BODY_BYTES = max(MAX_ENTRIES * _BLOCK.size, _TEXT.size + 2 * _MAX_TEXT_BYTES)
+NO_TOKEN = bytes(32)
+
+
+class FrameKind(IntEnum):
+    """What a frame is."""
+
+    HELLO = 1  # sender: this is us; first frame of a connection
+    BLOCKS = 2  # sender: blocks, their bytes follow
+    BLOCK_REFS = 3  # sender: blocks that can be taken from our memory
+    VERDICTS = 4  # receiver: what became of blocks
+    GONE = 5  # receiver: that handoff is over, with a code and a reason
+    CLOSE = 6  # receiver: this connection ends, with a code and a reason
+
+
+_ENTRY_BYTES = {FrameKind.BLOCKS: _BLOCK.size, FrameKind.BLOCK_REFS: _BLOCK.size, FrameKind.VERDICTS: _VERDICT.size}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header whose lengths are within their bounds."""
+
+    kind: FrameKind
+    count: int
+    body_bytes: int
+    fence: bytes
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEntry:
+    """One block of a BLOCKS or BLOCK_REFS frame."""
+
+    slot: Slot
+    checksum: int
+    source_row: int  # row of the sender's memory; 0 where the bytes follow inline
+
+
+def pack_hello(fence: bytes, token: bytes) -> bytes:
+    """The first frame of a connection."""
+    return _header(FrameKind.HELLO, 0, 0, fence, token)
+
+
+def pack_blocks(kind: FrameKind, fence: bytes, token: bytes, entries: Sequence[BlockEntry], block_bytes: int) -> bytes:
+    """Header and entries; for BLOCKS the caller sends the blocks' bytes right after."""
+    body = b"".join(
+        _BLOCK.pack(e.slot.index, e.slot.block_id, e.slot.generation, e.checksum, e.source_row, block_bytes)
+        for e in entries
+    )
+    return _header(kind, len(entries), len(body), fence, token) + body
+
+
+def pack_verdicts(fence: bytes, landed: Iterable[int], corrupt: Iterable[int]) -> list[bytes]:
+    """As many frames as it takes."""
+    verdicts = [(index, 1) for index in landed] + [(index, 0) for index in corrupt]
+    frames = []
+    for start in range(0, len(verdicts), MAX_ENTRIES):
+        part = verdicts[start : start + MAX_ENTRIES]
+        body = b"".join(_VERDICT.pack(index, verdict) for index, verdict in part)
+        frames.append(_header(FrameKind.VERDICTS, len(part), len(body), fence, NO_TOKEN) + body)
+    return frames
+
+
+def pack_text(kind: FrameKind, fence: bytes, code: str, reason: str) -> bytes:
+    """GONE or CLOSE."""
+    first, second = code.encode()[:_MAX_TEXT_BYTES], reason.encode()[:_MAX_TEXT_BYTES]
+    body = _TEXT.pack(len(first), len(second)) + first + second
+    return _header(kind, 0, len(body), fence, NO_TOKEN) + body
+
+
+def _header(kind: FrameKind, count: int, body_bytes: int, fence: bytes, token: bytes) -> bytes:
+    return _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, 0, count, 0, body_bytes, fence, token)
+
+
+def parse_header(data: bytes | bytearray | memoryview) -> Header:
+    """Reads HEADER_BYTES bytes. Raises RemoteProtocolError for what no peer of this version sends."""
+    magic, version, kind_number, zero, count, zeros, body_bytes, fence, token = _HEADER.unpack(data)
+    if magic != MAGIC:
+        raise RemoteProtocolError(f"frame magic {magic!r}, expected {MAGIC!r}")
+    if version != PROTOCOL_VERSION:
+        raise RemoteProtocolError(f"frame version {version}, expected {PROTOCOL_VERSION}")
+    try:
+        kind = FrameKind(kind_number)
+    except ValueError:
+        raise RemoteProtocolError(f"frame kind {kind_number}") from None
+    if zero or zeros:
+        raise RemoteProtocolError("reserved bytes of a frame are not zero")
+    entry_bytes = _ENTRY_BYTES.get(kind)
+    if entry_bytes is not None:
+        if not 1 <= count <= MAX_ENTRIES or body_bytes != count * entry_bytes:
+            raise RemoteProtocolError(f"{kind.name} frame with {count} entries in {body_bytes} bytes")
+    elif count or (body_bytes if kind is FrameKind.HELLO else not _TEXT.size <= body_bytes <= MAX_BODY_BYTES):
+        raise RemoteProtocolError(f"{kind.name} frame with {count} entries and {body_bytes} bytes")
+    return Header(kind, count, body_bytes, fence, token)
+
+
+def parse_blocks(body: bytes | bytearray | memoryview, block_bytes: int) -> list[BlockEntry]:
+    """Reads the entries of BLOCKS or BLOCK_REFS. Raises RemoteProtocolError where a block has another size than ours."""
+    entries = []
+    for index, block_id, generation, checksum, source_row, size in _BLOCK.iter_unpack(body):
+        if size != block_bytes:
+            raise RemoteProtocolError(f"block {index} has {size} bytes there, {block_bytes} here")
+        entries.append(BlockEntry(Slot(index, block_id, generation), checksum, source_row))
+    return entries
+
+
+def parse_verdicts(body: bytes | bytearray | memoryview) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Reads the entries of VERDICTS: indices that landed, indices that were corrupt."""
+    entries = list(_VERDICT.iter_unpack(body))
+    if any(verdict not in (0, 1) for _, verdict in entries):
+        raise RemoteProtocolError("a verdict that is neither 0 nor 1")
+    landed = tuple(index for index, verdict in entries if verdict)
+    return landed, tuple(index for index, verdict in entries if not verdict)
+
+
+def parse_text(body: bytes | bytearray | memoryview) -> tuple[TransferCode, str]:
+    """Reads the body of GONE or CLOSE. A code that this version does not know becomes ABORTED."""
+    code_bytes, reason_bytes = _TEXT.unpack_from(body)
+    text = bytes(body[_TEXT.size :])
+    if len(text) != code_bytes + reason_bytes:
+        raise RemoteProtocolError(f"a text of {len(text)} bytes with lengths {code_bytes} and {reason_bytes}")
+    code, reason = text[:code_bytes].decode(errors="replace"), text[code_bytes:].decode(errors="replace")
+    return (TransferCode(code), reason) if code in set(TransferCode) else (TransferCode.ABORTED, f"{code}: {reason}")

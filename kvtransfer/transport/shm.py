@@ -1,0 +1,132 @@
+"""Blocks by reference: the receiver maps the sender's rows once and copies each block into its slot.
+
+One copy, on a thread, in batches. The checksum is taken of the receiver's own copy after it was made, so a sender that reuses
+a block too early is caught like any other corruption. A copy that has begun cannot be stopped: until its batch is over the
+handoff is in quarantine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from concurrent.futures import Executor
+from typing import ClassVar
+
+import structlog
+
+from baton.kvtransfer.errors import TransferCode, TransferError
+from baton.kvtransfer.mapping import SharedMemory, host_id, open_mapping
+from baton.kvtransfer.memory import BlockMemory
+from baton.kvtransfer.rows import Rows
+from baton.kvtransfer.transport.base import Arrival, Landed, Offer
+from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
+
+_log = structlog.get_logger(__name__)
+
+# A batch: long enough that handing it to the thread costs little, short enough (about 1 ms) that a stop is soon done.
+_BATCH_BYTES = 8 * 1024 * 1024
+# Less than this is copied at once on the event loop: a round trip to the thread takes longer.
+_INLINE_BYTES = 256 * 1024
+
+
+class ShmTransport:
+    """Copies blocks out of memory that a peer on this host shares."""
+
+    name: ClassVar[str] = "shm"
+    kind: ClassVar[FrameKind] = FrameKind.BLOCK_REFS
+    is_inline: ClassVar[bool] = False
+
+    def __init__(self, memory: BlockMemory, executor: Executor) -> None:
+        if memory.shared is None:
+            raise TransferError(
+                TransferCode.INCOMPATIBLE, "shm: this platform has no memory that other processes can map"
+            )
+        self._memory = memory
+        self._executor = executor
+        self._arrivals: deque[Arrival] = deque()
+        self._copying: asyncio.Task[None] | None = None
+
+    def offer(self) -> SharedMemory | None:
+        return self._memory.shared
+
+    def attach(self, offer: Offer) -> Rows:
+        if not offer.host_id or offer.host_id != host_id():
+            raise TransferError(TransferCode.INCOMPATIBLE, f"shm: host {offer.host_id!r} there, {host_id()!r} here")
+        if offer.shared is None:
+            raise TransferError(TransferCode.INCOMPATIBLE, "shm: the peer does not say where its memory is")
+        num_rows = offer.shared.num_bytes // self._memory.block_bytes
+        return Rows(open_mapping(offer.shared), num_rows, self._memory.block_bytes)
+
+    def land(self, arrival: Arrival) -> None:
+        entries = _allowed(arrival)
+        num_bytes = len(entries) * self._memory.block_bytes
+        if num_bytes <= _INLINE_BYTES and self._copying is None and not self._memory.is_staged:
+            arrival.ended(self._copy(arrival, entries, _block_ids(entries)))
+            return
+        self._arrivals.append(arrival)
+        if self._copying is None:
+            self._copying = asyncio.ensure_future(self._copy_all())
+
+    def stop(self, fence: bytes) -> None:
+        for arrival in [arrival for arrival in self._arrivals if arrival.fence == fence]:
+            self._arrivals.remove(arrival)
+            arrival.ended(Landed(broken=tuple(arrival.allowed)))
+
+    async def close(self) -> None:
+        while self._arrivals:
+            arrival = self._arrivals.popleft()
+            arrival.ended(Landed(broken=tuple(arrival.allowed)))
+        if self._copying is not None:
+            await asyncio.wait([self._copying])
+
+    async def _copy_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._arrivals:
+                batch = self._take_batch()
+                rows = [await self._memory.claim(_block_ids(_allowed(arrival))) for arrival in batch]
+                try:
+                    results = await loop.run_in_executor(self._executor, self._copy_batch, batch, rows)
+                except Exception:
+                    _log.exception("kv_copy_failed", num_frames=len(batch))
+                    results = [Landed(broken=tuple(arrival.allowed)) for arrival in batch]
+                for arrival, claimed, result in zip(batch, rows, results, strict=True):
+                    self._memory.unclaim(claimed)
+                    arrival.ended(result)
+        finally:
+            self._copying = None
+
+    def _take_batch(self) -> list[Arrival]:
+        """Arrivals for one go of the thread. With staging one at a time: they would wait for each other's rows."""
+        batch = [self._arrivals.popleft()]
+        num_left = _BATCH_BYTES - len(batch[0].allowed) * self._memory.block_bytes
+        while self._arrivals and num_left > 0 and not self._memory.is_staged:
+            batch.append(self._arrivals.popleft())
+            num_left -= len(batch[-1].allowed) * self._memory.block_bytes
+        return batch
+
+    def _copy_batch(self, batch: list[Arrival], rows: list[list[int]]) -> list[Landed]:
+        return [self._copy(arrival, _allowed(arrival), part) for arrival, part in zip(batch, rows, strict=True)]
+
+    def _copy(self, arrival: Arrival, entries: list[BlockEntry], rows: list[int]) -> Landed:
+        """Blocks land in ``rows``, and from there in their blocks. Runs on any thread."""
+        assert arrival.source is not None
+        pairs = [(entry.source_row, row) for entry, row in zip(entries, rows, strict=True)]
+        checksums = self._memory.rows.copy_from(arrival.source, pairs)
+        judged = [
+            (entry, row, entry.checksum == ours) for entry, row, ours in zip(entries, rows, checksums, strict=True)
+        ]
+        verified = [(entry, row) for entry, row, is_right in judged if is_right]
+        self._memory.store([row for _, row in verified], [entry.slot.block_id for entry, _ in verified])
+        return Landed(
+            landed=tuple((entry.slot.index, entry.checksum) for entry, _ in verified),
+            corrupt=tuple(entry.slot.index for entry, _, is_right in judged if not is_right),
+        )
+
+
+def _allowed(arrival: Arrival) -> list[BlockEntry]:
+    return [entry for entry in arrival.entries if entry.slot.index in arrival.allowed]
+
+
+def _block_ids(entries: list[BlockEntry]) -> list[int]:
+    return [entry.slot.block_id for entry in entries]
