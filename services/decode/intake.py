@@ -11,7 +11,6 @@ import structlog
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2
-from baton.kvtransfer.agent import ReservedSlots, TransferAgent
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
@@ -34,8 +33,7 @@ class _Expected:
 
     active: ActiveRequest
     key: HandoffKey
-    granted: asyncio.Future[Reservation] | None = None
-    is_committed: bool = False
+    granted: asyncio.Future[Reservation] | None = None  # while the reservation waits for room
 
 
 class DecodeWorker(Worker[DecodeScheduler]):
@@ -44,13 +42,11 @@ class DecodeWorker(Worker[DecodeScheduler]):
     def __init__(
         self,
         parts: WorkerParts,
-        agent: TransferAgent,
         on_turn: Callable[[DecodeScheduler, float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scheduler = DecodeScheduler(parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching)
         super().__init__(parts, scheduler, on_turn=on_turn, clock=clock)
-        self._agent = agent
         self._expected: dict[str, _Expected] = {}
 
     def start(self, session: Session, command: decode_pb2.Start) -> None:
@@ -64,13 +60,13 @@ class DecodeWorker(Worker[DecodeScheduler]):
         key = HandoffKey(active.request_id, active.attempt)
         self._expected[active.id] = _Expected(active, key)
         sender = WorkerIdentity(command.prefill.worker_id, command.prefill.incarnation)
-        self._agent.expect(key, sender, active.request.deadline_s)
+        self.agent.expect(key, sender, active.request.deadline_s)
 
     # ReceiverHost: called by the transfer agent.
 
     async def reserve(
         self, key: HandoffKey, sender: WorkerIdentity, block_names: Sequence[bytes], num_tokens: int
-    ) -> ReservedSlots:
+    ) -> Sequence[Slot]:
         """Waits until the blocks fit, with room to grow. Cancelled when the sender gives up."""
         expected = self._expected.get(scheduler_id(key.request_id, key.attempt))
         if expected is None:
@@ -91,7 +87,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
             raise
         finally:
             expected.granted = None
-        return ReservedSlots(tuple(Slot(slot.index, slot.block_id, slot.generation) for slot in reservation.slots))
+        return [Slot(slot.index, slot.block_id, slot.generation) for slot in reservation.slots]
 
     async def committed(self, key: HandoffKey, first_token: FirstToken, report: TransferReport) -> None:
         """All blocks are here and verified: the request runs from its second token on."""
@@ -110,17 +106,37 @@ class DecodeWorker(Worker[DecodeScheduler]):
         self._expected.pop(active.id, None)
         active.session.send([_arrival(active, report)])
 
-    async def released(self, key: HandoffKey, error: TransferError, *, quiet: bool) -> None:
+    async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
         """The handoff failed. The slots are free once no write can land in them."""
         name = scheduler_id(key.request_id, key.attempt)
         self._let_go(name, quiet=quiet)
         expected = self._expected.pop(name, None)
-        if expected is not None:
+        if expected is None:
+            return
+        if error.code is TransferCode.ABORTED:
+            self.forget(expected.active)  # the sender gave up on purpose, and says itself why
+        else:
             self.fail(expected.active, to_baton_error(error))
+
+    def renew_leases(self) -> None:
+        held = [(active_id, expected.key.attempt) for active_id, expected in self._expected.items()]
+        now_s = self._clock()
+
+        def renew(scheduler: DecodeScheduler) -> None:
+            for active_id, attempt in held:
+                scheduler.renew_lease(active_id, attempt, now_s)
+
+        self.steps.post(renew)
 
     def _let_go(self, request_id: str, *, quiet: bool) -> None:
         now_s = self._clock()
-        self.steps.post(lambda scheduler: scheduler.abort_reservation(request_id, writes_quiet=quiet, now=now_s))
+
+        def let_go(scheduler: DecodeScheduler) -> None:
+            scheduler.abort_reservation(request_id, writes_quiet=quiet, now=now_s)
+            if quiet:
+                scheduler.release_quarantine(request_id)
+
+        self.steps.post(let_go)
 
     # Worker.
 
@@ -141,7 +157,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
         expected = self._expected.pop(active.id, None)
         if expected is not None:
             # The agent knows whether a write can still land, and calls ``released`` when it is over.
-            self._agent.forget(expected.key, reason)
+            self.agent.forget(expected.key)
         else:
             self.steps.post(lambda scheduler: scheduler.abort(active.id))
 

@@ -124,8 +124,9 @@ class WorkerDispatcher:
                     async for delta in deltas:
                         run.tokens.extend(token.token_id for token in delta.tokens)
                         record.completion_tokens = len(run.tokens)
+                        if delta.finish_reason is not None:
+                            attempt.outcome = "done"
                         yield delta
-                attempt.outcome = "done"
                 return
             except AttemptFailed as failure:
                 attempt.outcome = failure.error.code.value

@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
-from baton.kvtransfer.agent import TransferAgent
+from baton.kvtransfer.incoming import ReceiverHost
 from baton.services.prefill.handover import PrefillWorker
+from baton.services.prefill.no_receiver import NothingToReceive
 from baton.services.prefill.servicer import PrefillServicer
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.main import run_service
@@ -21,10 +22,11 @@ from baton.services.worker.parts import WorkerParts
 class PrefillHost(WorkerHost[PrefillWorker]):
     """The process of a prefill worker."""
 
-    def make_worker(
-        self, parts: WorkerParts, agent: TransferAgent, on_turn: Callable[[Any, float], None]
-    ) -> PrefillWorker:
-        return PrefillWorker(parts, agent, on_turn)
+    def make_worker(self, parts: WorkerParts, on_turn: Callable[[Any, float], None]) -> PrefillWorker:
+        return PrefillWorker(parts, on_turn)
+
+    def receiver(self, worker: PrefillWorker) -> ReceiverHost:
+        return NothingToReceive()
 
     def add_servicer(self, server: grpc.aio.Server, worker: PrefillWorker) -> Sequence[str]:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker, self), server)

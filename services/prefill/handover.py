@@ -10,10 +10,10 @@ import structlog
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.prefill.v1 import prefill_pb2
-from baton.kvtransfer.agent import HandoffSpec, SenderHandoff, TransferAgent
 from baton.kvtransfer.errors import TransferError
-from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
+from baton.kvtransfer.identity import WorkerIdentity
 from baton.kvtransfer.messages import FirstToken
+from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
 from baton.services.core.request import SampledToken
 from baton.services.core.scheduler.base import RequestUpdate
 from baton.services.core.scheduler.finish import ends_with_next_token
@@ -32,6 +32,7 @@ class _Destination:
     """Where a request's blocks go, and the handoff once it is open."""
 
     spec: HandoffSpec
+    is_needed: bool  # the first token does not end the request anyway
     handoff: SenderHandoff | None = None
 
 
@@ -41,13 +42,11 @@ class PrefillWorker(Worker[PrefillScheduler]):
     def __init__(
         self,
         parts: WorkerParts,
-        agent: TransferAgent,
         on_turn: Callable[[PrefillScheduler, float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scheduler = PrefillScheduler(parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching)
         super().__init__(parts, scheduler, on_turn=on_turn, clock=clock)
-        self._agent = agent
         self._destinations: dict[str, _Destination] = {}
 
     def start(self, session: Session, command: prefill_pb2.Start) -> None:
@@ -58,20 +57,24 @@ class PrefillWorker(Worker[PrefillScheduler]):
         request = active.request
         self._destinations[active.id] = _Destination(
             HandoffSpec(
-                key=HandoffKey(active.request_id, active.attempt),
+                request_id=active.request_id,
+                attempt=active.attempt,
                 receiver=WorkerIdentity(command.decode.worker_id, command.decode.incarnation),
                 receiver_address=command.decode_address,
                 block_names=tuple(self.block_names(request)),
                 num_tokens=request.num_tokens,
-            )
+                deadline_s=request.deadline_s,
+                on_done=lambda error: self._on_done(active, error),
+            ),
+            is_needed=not ends_with_next_token(request, self.limits.max_model_len),
         )
         self.enqueue(active)
 
     def _on_started(self, active: ActiveRequest) -> None:
         # Not earlier: until now the prompt has only waited, and blocks reserved for it over there would wait with it.
         destination = self._destinations.get(active.id)
-        if destination is not None and not ends_with_next_token(active.request, self.limits.max_model_len):
-            destination.handoff = self._agent.open(destination.spec)
+        if destination is not None and destination.is_needed and destination.handoff is None:
+            destination.handoff = self.agent.open(destination.spec)
 
     def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
         handoff = self._destinations[active.id].handoff
@@ -83,7 +86,7 @@ class PrefillWorker(Worker[PrefillScheduler]):
         if update.finished:
             self._end(active)
             if handoff is not None:
-                self.spawn(self._abort(active.id, handoff, "the first token was the last"), name=f"abort-{active.id}")
+                self.spawn(handoff.abort("the first token was the last"), name=f"abort-{active.id}")
         else:
             assert handoff is not None
             self.spawn(self._commit(active, handoff, update.new_tokens[0]), name=f"commit-{active.id}")
@@ -96,31 +99,36 @@ class PrefillWorker(Worker[PrefillScheduler]):
         )
         try:
             await handoff.commit(first_token)
-        except TransferError as error:
-            if self._end(active):
-                log.warning("handoff failed", request_id=active.request_id, attempt=active.attempt, cause=str(error))
-                active.session.send([active.failure(to_baton_error(error))])
-        else:
-            if self._end(active):
-                handed_over = pb.RequestOutput(request_id=active.request_id, attempt=active.attempt, handed_over=True)
-                active.session.send([handed_over])
-        await self._release(active.id, handoff)
+        except TransferError:
+            return  # told of by _on_done
+        if self._end(active):
+            handed_over = pb.RequestOutput(request_id=active.request_id, attempt=active.attempt, handed_over=True)
+            active.session.send([handed_over])
+
+    def _on_done(self, active: ActiveRequest, error: TransferError | None) -> None:
+        """The handoff is over, once, and nothing reads the blocks any more: the transfer lets go of them."""
+        if error is not None and self._end(active):
+            log.warning("handoff failed", request_id=active.request_id, attempt=active.attempt, cause=str(error))
+            active.session.send([active.failure(to_baton_error(error))])
+            self.steps.post(lambda scheduler: scheduler.abort(active.id))
+        self.steps.post(lambda scheduler: scheduler.release(active.id))
+
+    def renew_leases(self) -> None:
+        held = [(active_id, d.spec.attempt) for active_id, d in self._destinations.items() if d.handoff is not None]
+        now_s = self._clock()
+
+        def renew(scheduler: PrefillScheduler) -> None:
+            for active_id, attempt in held:
+                scheduler.renew_lease(active_id, attempt, now_s)
+
+        self.steps.post(renew)
 
     def _give_up(self, active: ActiveRequest, reason: str) -> None:
         destination = self._destinations.get(active.id)
         self._end(active)
         self.steps.post(lambda scheduler: scheduler.abort(active.id))
         if destination is not None and destination.handoff is not None:
-            self.spawn(self._abort(active.id, destination.handoff, reason), name=f"abort-{active.id}")
-
-    async def _abort(self, request_id: str, handoff: SenderHandoff, reason: str) -> None:
-        await handoff.abort(reason)
-        await self._release(request_id, handoff)
-
-    async def _release(self, request_id: str, handoff: SenderHandoff) -> None:
-        """Once nothing reads the blocks any more the transfer lets go of them."""
-        await handoff.done()
-        self.steps.post(lambda scheduler: scheduler.release(request_id))
+            self.spawn(destination.handoff.abort(reason), name=f"abort-{active.id}")
 
     def _end(self, active: ActiveRequest) -> bool:
         self._destinations.pop(active.id, None)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -19,7 +17,9 @@ import structlog
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.kvtransfer.v1 import kvtransfer_pb2
 from baton.kvtransfer.agent import TransferAgent
+from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.identity import WorkerIdentity
+from baton.kvtransfer.incoming import ReceiverHost
 from baton.kvtransfer.layout import Compatibility, KVLayout
 from baton.kvtransfer.memory import BlockMemory, HostBlockMemory
 from baton.kvtransfer.staging import StagedBlockMemory
@@ -76,6 +76,10 @@ class WorkerHost(ABC, Generic[WorkerT]):
         """Builds the worker around its scheduler."""
 
     @abstractmethod
+    def receiver(self, worker: WorkerT) -> ReceiverHost:
+        """What takes blocks in."""
+
+    @abstractmethod
     def add_servicer(self, server: grpc.aio.Server, worker: WorkerT) -> Sequence[str]:
         """Adds the role's gRPC service and returns its full name."""
 
@@ -102,16 +106,6 @@ class WorkerHost(ABC, Generic[WorkerT]):
         )
         server = self._server = runtime_grpc.create_server()
         self._port = runtime_grpc.bind_server(server, settings.host, settings.port)
-        agent = self._agent = TransferAgent(
-            WorkerIdentity(self.identity.worker_id, self.identity.incarnation),
-            self._compatibility,
-            self._memory,
-            host=settings.host,
-            port=settings.kv_port,
-            advertise_host=settings.public_host,
-            transport=settings.transport,
-            connect=runtime_grpc.create_channel,
-        )
         self._announcer = Announcer(
             self._bus,
             Subjects(settings.cluster),
@@ -122,9 +116,10 @@ class WorkerHost(ABC, Generic[WorkerT]):
         watch = PoolWatch(
             pool, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
         )
-        worker = self.worker = self.make_worker(parts, agent, watch.on_turn)
+        worker = self.worker = self.make_worker(parts, watch.on_turn)
+        agent = self._agent = worker.agent = self._make_agent(worker)
         await agent.start()
-        agent.add_to(server)
+        agent.add_to_server(server)
         names = [*self.add_servicer(server, worker), *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR)]
         self._health.add_to(server)
         runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
@@ -165,6 +160,23 @@ class WorkerHost(ABC, Generic[WorkerT]):
         engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size)
         return engine, StagedBlockMemory(engine.kv_cache, max(2, min(num_blocks, STAGING_BYTES // block_bytes)))
 
+    def _make_agent(self, worker: WorkerT) -> TransferAgent:
+        settings = self.settings
+        try:
+            return TransferAgent(
+                WorkerIdentity(self.identity.worker_id, self.identity.incarnation),
+                self._compatibility,
+                self._memory,
+                self.receiver(worker),
+                transports=settings.transport,
+                data_host=settings.host,
+                data_port=settings.kv_port,
+                advertised_host=settings.public_host,
+                open_channel=runtime_grpc.create_channel,
+            )
+        except TransferError as error:
+            raise ConfigurationError(f"--transport {settings.transport}: {error.message}") from error
+
     def _make_bus(self) -> Bus:
         settings = self.settings
         if settings.nats_url is None:
@@ -203,7 +215,6 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._health.set_draining()
         self._announcer.announce()
         await self.worker.drain()
-        await self._agent.drain()
 
     async def drain_within(self, timeout_s: float) -> int:
         """Drains on somebody's request; returns how many requests were left when the time was over."""
@@ -248,6 +259,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         """A step loop that makes no progress makes the worker not serving: whoever watches health restarts it."""
         while True:
             await asyncio.sleep(1.0)
+            worker.renew_leases()
             stuck_s = time.monotonic() - worker.steps.progress_s
             if stuck_s > STUCK_AFTER_S:
                 self._health.set_dead(f"no step ended for {stuck_s:.0f} s")
@@ -255,7 +267,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 return
 
     def _status(self) -> pb.WorkerStatus:
-        worker, report = self.worker, self._report
+        worker, report, transfers = self.worker, self._report, self._agent.stats()
         layout = self._layout
         status = pb.WorkerStatus(
             identity=self.identity,
@@ -280,10 +292,10 @@ class WorkerHost(ABC, Generic[WorkerT]):
             max_num_seqs=self._limits.max_num_seqs,
             max_num_batched_tokens=self._limits.max_num_batched_tokens,
             kv_data_address=self._agent.data_address,
-            host_id=host_id(),
+            host_id=self._agent.host_id,
             kv_event_seq=self._announcer.kv_sequence,
-            fenced_total=self._agent.stats.fenced,
-            kv_transfer_bytes_total=dict(self._agent.stats.bytes_received),
+            fenced_total=transfers.fenced,
+            kv_transfer_bytes_total=dict(transfers.bytes_received),
         )
         if worker is not None:
             status.prefill_s_per_token = worker.speed.prefill_s_per_token
@@ -309,9 +321,3 @@ def _add_report(status: pb.WorkerStatus, report: PoolReport) -> None:
     status.running = stats.running
     status.queued_tokens = stats.queued_tokens
     status.preemptions_total = stats.preemptions_total
-
-
-def host_id() -> str:
-    """Equal for processes that share a kernel, and so can share memory."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return boot_id.read_text().strip() if boot_id.exists() else f"{platform.node()}-{uuid.getnode():x}"

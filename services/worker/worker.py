@@ -10,6 +10,7 @@ from typing import Any, Generic
 import structlog
 
 from baton.api.common.v1 import common_pb2 as pb
+from baton.kvtransfer.agent import TransferAgent
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import Request
 from baton.services.core.scheduler.base import RequestUpdate, Reservation
@@ -38,6 +39,7 @@ class Worker(ABC, Generic[SchedulerT]):
         self.speed = Speed()
         self.is_draining = False
         self.broken = asyncio.Event()  # the step loop cannot go on
+        self.agent: TransferAgent  # set by the host before anything starts: the agent needs to know the worker as well
         self._parts = parts
         self._clock = clock
         self._active: dict[str, ActiveRequest] = {}
@@ -108,6 +110,10 @@ class Worker(ABC, Generic[SchedulerT]):
     @abstractmethod
     def _give_up(self, active: ActiveRequest, reason: str) -> None:
         """Frees everything that the request holds here and at its peer. The gateway wants to hear no more of it."""
+
+    @abstractmethod
+    def renew_leases(self) -> None:
+        """Blocks of transfers that are under way are not overdue. Called a few times in a lease."""
 
     def _on_started(self, active: ActiveRequest) -> None:
         """The first step that computes for the request begins."""
