@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from baton.services.core.request import TokenLogprobs
+from baton.services.core.request import Request, SamplingParams, TokenLogprobs
 from baton.services.core.scheduler.base import ScheduledRequest, StepResult
 from baton.services.engine.batch import BatchBuilder, OutputPlan, PromptRows
 from baton.services.engine.kv_cache import KVCache, KVCacheShape
@@ -36,15 +36,25 @@ class Engine:
     """A model and its paged KV cache."""
 
     def __init__(
-        self, loaded: LoadedModel, *, num_blocks: int, block_size: int = 16, memory: torch.Tensor | None = None
+        self,
+        loaded: LoadedModel,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        memory: torch.Tensor | None = None,
+        trim_last_layer: bool = True,
     ) -> None:
-        """``memory``: uint8 bytes to lay the cache in (``KVCache``), for a cache that other processes can map."""
+        """``memory``: uint8 bytes to lay the cache in (``KVCache``), for a cache that other processes can map.
+
+        ``trim_last_layer``: compute the last layer, beyond K and V, only for the rows that are sampled from. It saves
+        a prompt most of one layer.
+        """
         self.model = loaded.model
         self.config = loaded.config
         self.device = loaded.device
         self.shape = KVCacheShape.of(loaded.config, block_size, loaded.dtype)
         self.cache = KVCache(self.shape, num_blocks, device=loaded.device, memory=memory)
-        self._builder = BatchBuilder(block_size, loaded.device)
+        self._builder = BatchBuilder(block_size, loaded.device, trim_last_layer=trim_last_layer)
         self._sampler = Sampler()
 
     @property
@@ -69,9 +79,22 @@ class Engine:
         prompt_logprobs = {rows.request.request_id: self._prompt_logprobs(hidden, rows) for rows in plan.prompts}
         if not plan.sampled:
             return StepResult({}, prompt_logprobs)
-        tokens = self._sampler.sample(self.model.logits(_sampled_rows(hidden, plan)), plan.sampled)
+        tokens = self._sampler.sample(self.model.logits(_sampled_outputs(hidden, plan)), plan.sampled)
         sampled = {request.request_id: token for request, token in zip(plan.sampled, tokens, strict=True)}
         return StepResult(sampled, prompt_logprobs)
+
+    def warm_up(self) -> None:
+        """Compute a prompt and a token, so that no request waits for kernels to be compiled or libraries to be loaded.
+
+        Writes into the first blocks of the cache: call it before they hold anything.
+        """
+        sampling = SamplingParams(max_tokens=2, top_p=0.9)
+        request = Request("warm-up", 0, [0, 0], 2, sampling, block_table=list(range(min(3, self.cache.num_blocks))))
+        for _ in range(sampling.max_tokens):
+            num_tokens = request.num_uncomputed_tokens
+            token = self.step([ScheduledRequest(request, num_tokens)]).sampled[request.request_id]
+            request.num_computed_tokens += num_tokens
+            request.token_ids.append(token.token_id)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, rows: PromptRows) -> list[TokenLogprobs | None]:
         request, result = rows.request, list[TokenLogprobs | None]()
@@ -87,7 +110,7 @@ class Engine:
         return result
 
 
-def _sampled_rows(hidden: torch.Tensor, plan: OutputPlan) -> torch.Tensor:
-    if plan.sampled_rows is None:
+def _sampled_outputs(hidden: torch.Tensor, plan: OutputPlan) -> torch.Tensor:
+    if plan.sampled_outputs is None:
         return hidden
-    return hidden[torch.tensor(plan.sampled_rows, device=hidden.device)]
+    return hidden[torch.tensor(plan.sampled_outputs, device=hidden.device)]

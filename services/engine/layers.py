@@ -66,12 +66,16 @@ class LayerNorm:
 
 
 class PagedAttention:
-    """Attention of one layer: stores this step's K and V, then reads each sequence's whole context from its blocks."""
+    """Attention of one layer: stores this step's K and V, then reads each sequence's whole context from its blocks.
 
-    __slots__ = ("layer", "scale", "window")
+    In the last layer it returns the batch's output rows only; what is added to them must be selected alike.
+    """
+
+    __slots__ = ("is_last", "layer", "scale", "window")
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         self.layer = layer
+        self.is_last = layer == config.num_layers - 1
         self.scale = config.attention_scales[layer]
         self.window = config.sliding_windows[layer]
 
@@ -82,33 +86,29 @@ class PagedAttention:
         v: torch.Tensor,  # [T, num_kv_heads, head_dim]
         batch: ForwardBatch,
         cache: KVCache,
-    ) -> torch.Tensor:  # [T, num_heads * head_dim]
+    ) -> torch.Tensor:  # [T, num_heads * head_dim]; [R, ...] in the last layer
         k_cache, v_cache = cache.layers[self.layer]
         kernels.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        split, tables, lens = batch.num_decodes, batch.block_tables, batch.seq_lens
-        if split == batch.num_tokens:
-            plan = batch.decode_plan(self.window)
-            out = kernels.decode_attention(q, k_cache, v_cache, tables, lens, self.scale, self.window, plan)
-        elif split == 0:
-            out = kernels.prefill_attention(
-                q, k_cache, v_cache, tables, batch.cu_seqlens, lens, self.scale, self.window
+        rows = batch.rows
+        if self.is_last:
+            q, rows = batch.select_outputs(q), batch.last_layer_rows
+        split, tables, lens = rows.num_decodes, rows.block_tables, rows.seq_lens
+        outs = []
+        if split:
+            plan = rows.decode_plan(self.window)
+            outs.append(
+                kernels.decode_attention(
+                    q[:split], k_cache, v_cache, tables[:split], lens[:split], self.scale, self.window, plan
+                )
             )
-        else:
-            decoded = kernels.decode_attention(
-                q[:split],
-                k_cache,
-                v_cache,
-                tables[:split],
-                lens[:split],
-                self.scale,
-                self.window,
-                batch.decode_plan(self.window),
+        if split < rows.num_rows:
+            outs.append(
+                kernels.prefill_attention(
+                    q[split:], k_cache, v_cache, tables[split:], rows.cu_seqlens, lens[split:], self.scale, self.window
+                )
             )
-            prefilled = kernels.prefill_attention(
-                q[split:], k_cache, v_cache, tables[split:], batch.cu_seqlens, lens[split:], self.scale, self.window
-            )
-            out = torch.cat((decoded, prefilled))
-        return out.reshape(batch.num_tokens, -1)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out.view(rows.num_rows, -1)
 
 
 def rope_inv_freq(rope: RopeConfig, head_dim: int) -> torch.Tensor:

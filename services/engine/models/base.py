@@ -32,7 +32,7 @@ class CausalLM(Protocol):
     config: ModelConfig
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Run one step; stores K and V of every token. Returns [num_output_rows, hidden], ready for ``logits``."""
+        """Run one step; stores K and V of every token. Returns [R, hidden] of the output rows, ready for ``logits``."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,10 @@ class Gpt2Layer:
         self.down = load_conv1d(source, f"{name}.mlp.c_proj", hidden, config.intermediate_size)
 
     def forward(self, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden]."""
+        """[T, hidden] -> [T, hidden], of the output rows only in the last layer."""
         q, k, v = self.qkv(self.attention_norm(x)).view(len(x), 3, self.num_heads, -1).unbind(1)
-        x = x + self.output(self.attention(q, k, v, batch, cache))
+        attended = self.output(self.attention(q, k, v, batch, cache))
+        x = (batch.select_outputs(x) if self.attention.is_last else x) + attended
         return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
@@ -54,7 +55,7 @@ class Gpt2:
         x = F.embedding(batch.token_ids, self.embedding) + F.embedding(batch.positions, self.positions)
         for layer in self.layers:
             x = layer.forward(x, batch, cache)
-        return self.norm(x if batch.output_rows is None else x[batch.output_rows])
+        return self.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.head(hidden)

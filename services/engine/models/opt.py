@@ -50,11 +50,12 @@ class OptLayer:
         self.down = load_linear(source, f"{name}.fc2", hidden, config.intermediate_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden]."""
+        """[T, hidden] -> [T, hidden], of the output rows only in the last layer."""
+        attended = self._attend(self.attention_norm(x) if self.norm_first else x, batch, cache)
+        x = (batch.select_outputs(x) if self.attention.is_last else x) + attended
         if self.norm_first:
-            x = x + self._attend(self.attention_norm(x), batch, cache)
             return x + self._mlp(self.mlp_norm(x))
-        x = self.attention_norm(x + self._attend(x, batch, cache))
+        x = self.attention_norm(x)
         return self.mlp_norm(x + self._mlp(x))
 
     def _attend(self, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
@@ -91,8 +92,6 @@ class Opt:
         x = x + F.embedding(batch.positions + _POSITION_OFFSET, self.positions)
         for layer in self.layers:
             x = layer.forward(x, batch, cache)
-        if batch.output_rows is not None:
-            x = x[batch.output_rows]
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)

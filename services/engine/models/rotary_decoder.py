@@ -68,7 +68,7 @@ class RotaryDecoderLayer:
         cos_sin: torch.Tensor,
         batch: ForwardBatch,
         cache: KVCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # the same two, of the output rows only after the last layer
         if residual is None:
             residual = x
             x = kernels.rms_norm(x, self.input_norm, self.eps)
@@ -83,6 +83,8 @@ class RotaryDecoderLayer:
             k = kernels.rms_norm(k, self.k_norm, self.eps)
         q, k = kernels.rotary_embedding(q, k, batch.positions, cos_sin)
         x = self.output(self.attention(q, k, v, batch, cache))
+        if self.attention.is_last:
+            residual = batch.select_outputs(residual)
         x, residual = kernels.fused_add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.down(self.activation(self.gate_up(x))), residual
 
@@ -105,8 +107,6 @@ class RotaryDecoder:
         for layer in self.layers:
             x, residual = layer.forward(x, residual, cos_sin, batch, cache)
         assert residual is not None
-        if batch.output_rows is not None:
-            x, residual = x[batch.output_rows], residual[batch.output_rows]
         return kernels.fused_add_rms_norm(x, residual, self.norm, self.config.norm_eps)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

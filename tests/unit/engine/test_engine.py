@@ -1,0 +1,108 @@
+"""The step: what it promises beside the right tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.engine_driver import Driver, make_request
+from helpers.oracle import Subject, expected_tokens, make_prompt
+from helpers.tiny_models import FAMILIES
+
+from baton.services.core.scheduler.base import ScheduledRequest, StepResult
+from baton.services.engine.engine import Engine
+from baton.services.engine.loader import load_model
+
+
+def test_an_empty_step(llama: Subject) -> None:
+    assert llama.engine().step([]) == StepResult({}, {})
+
+
+def test_only_requests_at_their_end_are_sampled(llama: Subject) -> None:
+    driver = Driver(llama.engine())
+    first, second = make_request(make_prompt(40)), make_request(make_prompt(5))
+    driver.step([(first, 30)])
+    assert driver.sampled == {}
+    driver.step([(first, 9), (second, 5)])
+    assert list(driver.sampled) == [second.request_id]
+    driver.step([(first, 1), (second, 1)])
+    assert len(driver.sampled[first.request_id]) == 1
+    assert len(driver.sampled[second.request_id]) == 2
+
+
+def test_requests_are_only_read(llama: Subject) -> None:
+    engine = llama.engine()
+    request = make_request(make_prompt(5))
+    request.block_table = [3]
+    engine.step([ScheduledRequest(request, 5)])
+    assert request.token_ids == list(make_prompt(5))
+    assert (request.block_table, request.num_computed_tokens) == ([3], 0)
+
+
+def test_logits_are_those_of_transformers(llama: Subject) -> None:
+    """Every family's tokens are compared elsewhere; here the numbers behind them."""
+    prompt = make_prompt(130)
+    driver = Driver(llama.engine())
+    request = make_request(prompt, max_tokens=1, num_logprobs=331)
+    driver.run([request])
+    logprobs = driver.sampled[request.request_id][0].logprobs
+    assert logprobs is not None
+    ours = torch.tensor([value for _, value in sorted(logprobs.top)])
+    with torch.no_grad():
+        theirs = llama.reference(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt-post-norm", "gpt2"])
+def test_trimming_the_last_layer_changes_no_token(family: str, get_subject: Callable[[str], Subject]) -> None:
+    subject = get_subject(family)
+    outputs = []
+    for trim in (True, False):
+        driver = Driver(Engine(subject.loaded, num_blocks=100, trim_last_layer=trim))
+        requests = [make_request(make_prompt(length), max_tokens=24) for length in (1, 17, 33)]
+        driver.run(requests, chunk_size=10)
+        outputs.append([driver.output(request) for request in requests])
+    assert outputs[0] == outputs[1] == [expected_tokens(subject, make_prompt(length)) for length in (1, 17, 33)]
+
+
+def test_warming_up_leaves_nothing_behind(llama: Subject) -> None:
+    engine = llama.engine()
+    engine.warm_up()
+    driver = Driver(engine)
+    request = make_request(make_prompt(17))
+    driver.run([request])
+    assert driver.output(request) == expected_tokens(llama, make_prompt(17))
+
+
+def test_stale_blocks_have_no_influence(llama: Subject) -> None:
+    """Blocks come back from the pool with anything in them, not-a-number included."""
+    engine = llama.engine()
+    engine.kv_cache.fill_(float("nan"))
+    driver = Driver(engine)
+    requests = [make_request(make_prompt(length)) for length in (1, 17, 130)]
+    driver.run(requests, chunk_size=20)
+    for request, length in zip(requests, (1, 17, 130), strict=True):
+        assert driver.output(request) == expected_tokens(llama, make_prompt(length))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_formats(family: str, dtype: str, get_subject: Callable[[str], Subject]) -> None:
+    """Prefilled, chunked and decoded logprobs stay near float32's: within what 8 or 11 bits of mantissa leave."""
+    subject = get_subject(family)
+    engine = Engine(load_model(subject.path, dtype=dtype, device="cpu"), num_blocks=50)
+    assert engine.kv_cache.dtype is getattr(torch, dtype)
+    prompt = make_prompt(40)
+    driver = Driver(engine)
+    request = make_request(prompt, max_tokens=6, num_logprobs=0, num_prompt_logprobs=0)
+    driver.run([request], chunk_size=25)
+    with torch.no_grad():
+        theirs = subject.reference(torch.tensor([request.token_ids])).logits[0].log_softmax(-1)
+    entries = driver.prompt_logprobs[request.request_id][1:]
+    ours = [entry.logprob for entry in entries if entry is not None]
+    ours += [token.logprobs.logprob for token in driver.sampled[request.request_id] if token.logprobs is not None]
+    assert len(ours) == 45
+    expected = theirs[torch.arange(45), torch.tensor(request.token_ids[1:])]
+    error = (torch.tensor(ours) - expected).abs().mean().item()
+    assert error < {"bfloat16": 0.25, "float16": 0.03}[dtype]
