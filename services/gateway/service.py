@@ -148,7 +148,8 @@ class GatewayService:
         self._http_task = asyncio.create_task(self._http.serve(sockets=[self._listener]), name="http")
 
     async def wait_failed(self) -> None:
-        await self._http_task
+        # Whoever gives up waiting must not cancel the server with it.
+        await asyncio.shield(self._http_task)
 
     async def drain(self) -> None:
         self._health.set_draining()
