@@ -84,8 +84,8 @@ def test_only_those_who_need_a_secret_have_it(render: Render) -> None:
         role: {each["secret"]["secretName"] for each in rendered.pod_spec(role)["volumes"] if "secret" in each}
         for role in ("gateway", "prefill", "decode", "nats")
     }
-    worker = {"demo-baton-block-key", "demo-baton-nats-token"}
-    assert mounted == {"gateway": {"keys", "demo-baton-nats-token"}, "prefill": worker, "decode": worker, "nats": set()}
+    shared = {"demo-baton-block-key", "demo-baton-nats-token"}
+    assert mounted == {"gateway": {"keys"} | shared, "prefill": shared, "decode": shared, "nats": set()}
 
 
 def test_the_end_of_a_release_leaves_nothing(cluster: Cluster) -> None:

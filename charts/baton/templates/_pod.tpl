@@ -78,6 +78,8 @@ topologySpreadConstraints:
 - name: BATON_NATS_TOKEN_FILE
   value: /etc/baton/nats-token/token
 {{- end }}
+- name: BATON_BLOCK_KEY_FILE
+  value: /etc/baton/block-key/block-key
 - name: BATON_HOST
   value: {{ .root.Values.bindAddress | quote }}
 # Who may connect is the NetworkPolicy's to say.
@@ -132,7 +134,11 @@ topologySpreadConstraints:
     sizeLimit: 10Gi
 {{- end -}}
 
-{{- define "baton.natsVolumeMount" -}}
+{{/* The Secrets of every Baton process: the one that keys block names, and the token of the NATS servers. */}}
+{{- define "baton.secretVolumeMounts" -}}
+- name: block-key
+  mountPath: /etc/baton/block-key
+  readOnly: true
 {{- if include "baton.natsTokenSecret" . }}
 - name: nats-token
   mountPath: /etc/baton/nats-token
@@ -140,7 +146,14 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{- define "baton.natsVolume" -}}
+{{- define "baton.secretVolumes" -}}
+- name: block-key
+  secret:
+    secretName: {{ include "baton.blockKeySecret" . | quote }}
+    defaultMode: 0444
+    items:
+      - key: {{ include "baton.blockKeyKey" . | quote }}
+        path: block-key
 {{- with include "baton.natsTokenSecret" . }}
 - name: nats-token
   secret:
@@ -150,6 +163,14 @@ topologySpreadConstraints:
       - key: {{ include "baton.natsTokenKey" $ | quote }}
         path: token
 {{- end }}
+{{- end -}}
+
+{{- define "baton.blockKeySecret" -}}
+{{- default (include "baton.componentName" (dict "root" . "component" "block-key")) .Values.blockKey.existingSecret -}}
+{{- end -}}
+
+{{- define "baton.blockKeyKey" -}}
+{{- ternary .Values.blockKey.key "block-key" (not (empty .Values.blockKey.existingSecret)) -}}
 {{- end -}}
 
 {{/* A rollout must not be called failed while pods still have time to end, to download and to start.

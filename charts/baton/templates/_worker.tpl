@@ -62,10 +62,7 @@ spec:
             {{- include "baton.scratchVolumeMounts" . | nindent 12 }}
             - name: shm
               mountPath: /dev/shm
-            - name: block-key
-              mountPath: /etc/baton/block-key
-              readOnly: true
-            {{- with include "baton.natsVolumeMount" .root | trim }}{{ . | nindent 12 }}{{ end }}
+            {{- include "baton.secretVolumeMounts" .root | nindent 12 }}
             {{- with include "baton.modelVolumeMount" .root | trim }}{{ . | nindent 12 }}{{ end }}
             {{- with .values.extraVolumeMounts }}
             {{- toYaml . | nindent 12 }}
@@ -76,14 +73,7 @@ spec:
           emptyDir:
             medium: Memory
             sizeLimit: {{ .values.shmSize | quote }}
-        - name: block-key
-          secret:
-            secretName: {{ include "baton.blockKeySecret" .root | quote }}
-            defaultMode: 0444
-            items:
-              - key: {{ include "baton.blockKeyKey" .root | quote }}
-                path: block-key
-        {{- with include "baton.natsVolume" .root | trim }}{{ . | nindent 8 }}{{ end }}
+        {{- include "baton.secretVolumes" .root | nindent 8 }}
         {{- with include "baton.modelVolumes" .root | trim }}{{ . | nindent 8 }}{{ end }}
         {{- with .values.extraVolumes }}
         {{- toYaml . | nindent 8 }}
@@ -104,8 +94,6 @@ spec:
   valueFrom:
     fieldRef:
       fieldPath: status.podIP
-- name: BATON_BLOCK_KEY_FILE
-  value: /etc/baton/block-key/block-key
 - name: BATON_DEVICE
   value: {{ .values.device }}
 - name: BATON_DTYPE
@@ -278,12 +266,4 @@ spec:
 {{- with .Values.networkPolicy.extraEgress }}
 {{ toYaml . }}
 {{- end }}
-{{- end -}}
-
-{{- define "baton.blockKeySecret" -}}
-{{- default (include "baton.componentName" (dict "root" . "component" "block-key")) .Values.blockKey.existingSecret -}}
-{{- end -}}
-
-{{- define "baton.blockKeyKey" -}}
-{{- ternary .Values.blockKey.key "block-key" (not (empty .Values.blockKey.existingSecret)) -}}
 {{- end -}}
