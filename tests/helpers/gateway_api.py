@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,7 @@ MAX_MODEL_LEN = 512
 REPLY = "the quick brown fox"
 
 Step = TokenDelta | Exception | asyncio.Event
-Script = Callable[[GenerationRequest], list[Step]]
+Script = Callable[[GenerationRequest], Iterable[Step]]
 
 
 class ScriptedDispatcher:
@@ -58,6 +58,7 @@ class ScriptedDispatcher:
         self.running.add(request.request_id)
         try:
             for step in self.script(request):
+                await asyncio.sleep(0)  # as a real one, which hears from workers
                 if isinstance(step, asyncio.Event):
                     await step.wait()
                 elif isinstance(step, Exception):
