@@ -10,8 +10,7 @@ be fast on CPU, and a Triton kernel. ``BATON_KERNELS`` chooses between them:
 ``reference``  the references
 =============  =======================================================================================
 
-Triton is imported only where it can run (a CUDA or ROCm build of torch, or the interpreter): it costs about half a
-second at start-up and need not be installed at all.
+Triton need not be installed: without it the kernels are plain functions that nothing calls.
 """
 
 from __future__ import annotations
@@ -24,7 +23,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "Backend", "jit", "select", "set_backend", "tl", "use_backend"]
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "Backend",
+    "cdiv",
+    "dot_dtype",
+    "jit",
+    "next_power_of_2",
+    "select",
+    "set_backend",
+    "tl",
+    "use_backend",
+]
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -43,23 +54,17 @@ class Backend(StrEnum):
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-if INTERPRETED or torch.version.cuda is not None or torch.version.hip is not None:
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        triton = None
-else:
-    triton = None
-
-if triton is None:
-    # Annotations are never evaluated and kernels never called, so any object serves as the language module.
-    tl = None
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None  # annotations are never evaluated, so any object serves as the language module
 
 HAS_TRITON: bool = triton is not None
+_CAN_LAUNCH = HAS_TRITON and (INTERPRETED or torch.version.cuda is not None or torch.version.hip is not None)
 
 
-def jit(kernel: Callable[..., None]) -> Any:
+def jit(kernel: Callable[..., Any]) -> Any:
     """``triton.jit`` where Triton was imported; otherwise the function as it is, which nothing calls."""
     return triton.jit(kernel) if triton is not None else kernel
 
@@ -69,7 +74,7 @@ def _checked(name: str) -> Backend:
         backend = Backend(name)
     except ValueError:
         raise ValueError(f"BATON_KERNELS is {name!r}; expected one of {', '.join(Backend)}") from None
-    if backend is Backend.TRITON and not HAS_TRITON:
+    if backend is Backend.TRITON and not _CAN_LAUNCH:
         raise ValueError(
             "BATON_KERNELS is 'triton', but Triton cannot run here: it needs the triton package and a CUDA or ROCm "
             "build of torch, or TRITON_INTERPRET=1 in the environment"
@@ -100,10 +105,27 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def select(device: torch.device, *, torch_path: Op, reference: Op, triton_path: Op | None = None) -> Op:
+def select(device: torch.device, *, torch_path: Op, triton_path: Op, reference: Op) -> Op:
     """The implementation to run for tensors on ``device``."""
-    if triton_path is not None and (
-        _backend is Backend.TRITON or (_backend is Backend.AUTO and HAS_TRITON and device.type == "cuda")
-    ):
+    if _backend is Backend.AUTO:
+        return triton_path if HAS_TRITON and device.type == "cuda" else torch_path
+    if _backend is Backend.TRITON:
         return triton_path
     return reference if _backend is Backend.REFERENCE else torch_path
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """What a kernel's matrix products take their operands in: their own dtype, which the interpreter lacks for bfloat16."""
+    if dtype is torch.float32 or (INTERPRETED and dtype is torch.bfloat16):
+        return tl.float32
+    return tl.bfloat16 if dtype is torch.bfloat16 else tl.float16
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """The quotient, rounded up."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``: the size of a kernel's tile over ``n`` elements."""
+    return 1 << max(0, n - 1).bit_length()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from baton.kernels.launch import select
+from baton.kernels.launch import jit, next_power_of_2, select, tl
+from baton.kernels.tuning import num_warps_for_row
 
 __all__ = ["layer_norm", "layer_norm_ref"]
 
@@ -34,6 +35,53 @@ def _layer_norm_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+@jit
+def _layer_norm_kernel(
+    x_ptr: tl.tensor,  # [T, hidden]
+    weight_ptr: tl.tensor,  # [hidden]
+    bias_ptr: tl.tensor,  # [hidden]; read with HAS_BIAS
+    y_ptr: tl.tensor,  # [T, hidden]
+    eps: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,  # power of two >= hidden
+    hidden: tl.constexpr,
+) -> None:
+    # Grid: (T,). One program normalises one row, held in registers.
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < hidden
+
+    x = tl.load(x_ptr + row * hidden + columns, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=0) / hidden
+    centred = tl.where(mask, x - mean, 0.0)
+    inverse_deviation = tl.rsqrt(tl.sum(centred * centred, axis=0) / hidden + eps)
+
+    y = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32) * centred * inverse_deviation
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * hidden + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _layer_norm_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    hidden = x.shape[-1]
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    block = next_power_of_2(hidden)
+    if y.numel() > 0:
+        _layer_norm_kernel[(x.numel() // hidden,)](
+            x,
+            weight,
+            weight if bias is None else bias,
+            y,
+            eps,
+            HAS_BIAS=bias is not None,
+            BLOCK=block,
+            hidden=hidden,
+            num_warps=num_warps_for_row(block),
+        )
+    return y
+
+
 def layer_norm(
     x: torch.Tensor,  # [..., hidden]
     weight: torch.Tensor,  # [hidden], dtype of x
@@ -41,4 +89,6 @@ def layer_norm(
     eps: float,
 ) -> torch.Tensor:  # [..., hidden], contiguous
     """Normalise the last dimension of ``x`` to mean 0 and variance 1, scale by ``weight`` and shift by ``bias``."""
-    return select(x.device, torch_path=_layer_norm_torch, reference=layer_norm_ref)(x, weight, bias, eps)
+    return select(x.device, torch_path=_layer_norm_torch, triton_path=_layer_norm_triton, reference=layer_norm_ref)(
+        x, weight, bias, eps
+    )

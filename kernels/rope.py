@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from baton.kernels.launch import select
+from baton.kernels.launch import jit, next_power_of_2, select, tl
 
 __all__ = ["build_rope_cache", "rotary_embedding", "rotary_embedding_ref"]
 
@@ -89,6 +89,124 @@ def _rotary_embedding_torch(
     return rotated[:, : q.shape[1]], rotated[:, q.shape[1] :]
 
 
+@jit
+def _rotate_heads(
+    x_ptr: tl.tensor,  # one token's [num_heads, head_dim]
+    y_ptr: tl.tensor,  # the same, contiguous
+    cos: tl.tensor,  # [BLOCK_HALF]
+    sin: tl.tensor,  # [BLOCK_HALF]
+    num_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    half: tl.constexpr,  # rotary_dim / 2
+    head_stride: tl.tensor,  # of x
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,  # power of two >= half
+    BLOCK_REST: tl.constexpr,  # power of two >= head_dim - rotary_dim
+) -> None:
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    for begin in range(0, num_heads, BLOCK_HEADS):
+        heads = begin + tl.arange(0, BLOCK_HEADS)[:, None]
+        mask = (heads < num_heads) & (pair < half)
+        source = x_ptr + heads * head_stride + pair
+        target = y_ptr + heads * head_dim + pair
+        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+        tl.store(target, (first * cos - second * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + half, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        if head_dim > 2 * half:
+            rest = 2 * half + tl.arange(0, BLOCK_REST)[None, :]
+            rest_mask = (heads < num_heads) & (rest < head_dim)
+            unrotated = tl.load(x_ptr + heads * head_stride + rest, mask=rest_mask, other=0.0)
+            tl.store(y_ptr + heads * head_dim + rest, unrotated, mask=rest_mask)
+
+
+@jit
+def _rotary_embedding_kernel(
+    q_ptr: tl.tensor,  # [T, num_heads, head_dim]
+    k_ptr: tl.tensor,  # [T, num_kv_heads, head_dim]
+    positions_ptr: tl.tensor,  # [T] int64
+    cos_sin_ptr: tl.tensor,  # [max_positions, 2 * half]
+    q_out_ptr: tl.tensor,  # like q, contiguous
+    k_out_ptr: tl.tensor,  # like k, contiguous
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_token_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    half: tl.constexpr,
+) -> None:
+    # Grid: (T,). One program rotates all heads of one token: they share their angles.
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    pair = tl.arange(0, BLOCK_HALF)
+    angles_ptr = cos_sin_ptr + position * (2 * half) + pair
+    cos = tl.load(angles_ptr, mask=pair < half, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(angles_ptr + half, mask=pair < half, other=0.0).to(tl.float32)[None, :]
+    _rotate_heads(
+        q_ptr + token * q_token_stride,
+        q_out_ptr + token * (num_heads * head_dim),
+        cos,
+        sin,
+        num_heads,
+        head_dim,
+        half,
+        q_head_stride,
+        BLOCK_HEADS,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
+    _rotate_heads(
+        k_ptr + token * k_token_stride,
+        k_out_ptr + token * (num_kv_heads * head_dim),
+        cos,
+        sin,
+        num_kv_heads,
+        head_dim,
+        half,
+        k_head_stride,
+        BLOCK_HEADS,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
+
+
+def _rotary_embedding_triton(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, head_dim = q.shape
+    half = cos_sin.shape[-1] // 2
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    if num_tokens > 0:
+        _rotary_embedding_kernel[(num_tokens,)](
+            q,
+            k,
+            positions,
+            cos_sin.contiguous(),
+            q_out,
+            k_out,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            BLOCK_HEADS=min(8, next_power_of_2(num_heads)),
+            BLOCK_HALF=next_power_of_2(half),
+            BLOCK_REST=next_power_of_2(head_dim - 2 * half),
+            num_heads=num_heads,
+            num_kv_heads=k.shape[1],
+            head_dim=head_dim,
+            half=half,
+            num_warps=4,
+        )
+    return q_out, k_out
+
+
 def rotary_embedding(
     q: torch.Tensor,  # [T, num_heads, head_dim]
     k: torch.Tensor,  # [T, num_kv_heads, head_dim]
@@ -99,6 +217,9 @@ def rotary_embedding(
 
     ``head_dim`` must be contiguous; the other dimensions may be strided (slices of a fused projection).
     """
-    return select(q.device, torch_path=_rotary_embedding_torch, reference=rotary_embedding_ref)(
-        q, k, positions, cos_sin
-    )
+    return select(
+        q.device,
+        torch_path=_rotary_embedding_torch,
+        triton_path=_rotary_embedding_triton,
+        reference=rotary_embedding_ref,
+    )(q, k, positions, cos_sin)

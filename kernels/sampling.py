@@ -27,6 +27,7 @@ import torch
 
 from baton.kernels.launch import select
 from baton.kernels.philox import philox_u32, philox_u32_ref
+from baton.kernels.sampling_kernel import sample_triton
 
 __all__ = ["SamplingTensors", "sample", "sample_ref"]
 
@@ -173,7 +174,8 @@ def _draw(logits: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
     uniform = philox_u32(params.seed, params.position) >> (32 - _UNIFORM_BITS)
     high, low = total >> _UNIFORM_BITS, total & ((1 << _UNIFORM_BITS) - 1)
     threshold = uniform * high + (uniform * low >> _UNIFORM_BITS)
-    return torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, threshold.unsqueeze(1), right=True).squeeze(1)
+    return tokens.clamp_(max=logits.shape[1] - 1)  # a row of NaN must not name a token beyond the vocabulary
 
 
 def sample(
@@ -184,4 +186,6 @@ def sample(
 
     Penalties, biases and masks are applied before: a masked token has a logit of -inf.
     """
-    return select(logits.device, torch_path=_sample_torch, reference=sample_ref)(logits, params)
+    return select(logits.device, torch_path=_sample_torch, triton_path=sample_triton, reference=sample_ref)(
+        logits, params
+    )
