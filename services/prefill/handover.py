@@ -86,7 +86,7 @@ class PrefillWorker(Worker[PrefillScheduler]):
         if update.finished:
             self._end(active)
             if handoff is not None:
-                self.spawn(handoff.abort("the first token was the last"), name=f"abort-{active.id}")
+                self.spawn(handoff.abort("the first token was the last"), name=f"abort-{active.id}")  # then _on_done
         else:
             assert handoff is not None
             self.spawn(self._commit(active, handoff, update.new_tokens[0]), name=f"commit-{active.id}")
@@ -129,6 +129,9 @@ class PrefillWorker(Worker[PrefillScheduler]):
         self.steps.post(lambda scheduler: scheduler.abort(active.id))
         if destination is not None and destination.handoff is not None:
             self.spawn(destination.handoff.abort(reason), name=f"abort-{active.id}")
+        else:
+            # Its first step may be under way, and have blocks to report to a handoff that will now never be.
+            self.steps.post(lambda scheduler: scheduler.release(active.id))
 
     def _end(self, active: ActiveRequest) -> bool:
         self._destinations.pop(active.id, None)
