@@ -1,0 +1,95 @@
+"""A receiver in a process of its own, for the transfer benchmarks: grants slots to whoever asks and takes everything over."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import grpc.aio
+
+from baton.kvtransfer.agent import TransferAgent
+from baton.kvtransfer.errors import TransferError
+from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
+from baton.kvtransfer.layout import Compatibility, KVLayout
+from baton.kvtransfer.memory import HostBlockMemory
+from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
+from baton.services.runtime.grpc import create_channel, create_server
+
+# A 16-token block of the 135M Llama shape in bfloat16: 360 KiB.
+LAYOUT = KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16")
+NUM_BLOCKS = 520
+SENDER = WorkerIdentity("bench-sender", "0" * 32)
+RECEIVER = WorkerIdentity("bench-receiver", "1" * 32)
+
+
+class Pool:
+    """Always gives the same blocks: one handoff at a time."""
+
+    def __init__(self) -> None:
+        self._generation = 0
+
+    async def reserve(
+        self, key: HandoffKey, sender: WorkerIdentity, block_names: Sequence[bytes], num_tokens: int
+    ) -> Sequence[Slot]:
+        self._generation += 1
+        return [Slot(index, NUM_BLOCKS - 1 - index, self._generation) for index in range(len(block_names))]
+
+    async def committed(self, key: HandoffKey, first_token: FirstToken, report: TransferReport) -> None:
+        """Taken over."""
+
+    async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
+        """Given up."""
+
+
+def make_agent(identity: WorkerIdentity, transport: str) -> tuple[TransferAgent, HostBlockMemory]:
+    """An agent with memory of its own."""
+    memory = HostBlockMemory(NUM_BLOCKS, LAYOUT.block_bytes)
+    memory.tensor.random_(0, 256)  # pages that were never touched would be copied from one zero page
+    agent = TransferAgent(
+        identity, Compatibility("bench", LAYOUT), memory, Pool(), transports=transport, open_channel=create_channel
+    )
+    return agent, memory
+
+
+async def receive(transport: str) -> None:
+    """Serves until standard input ends. The first line of output is the gRPC address."""
+    agent, memory = make_agent(RECEIVER, transport)
+    server = create_server()
+    agent.add_to_server(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await agent.start()
+    await server.start()
+    # Handoffs are numbered: all that a run will make are announced at once.
+    for number in range(10_000):
+        agent.expect(HandoffKey(f"bench-{number}", 1), SENDER)
+    print(f"127.0.0.1:{port}", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await agent.close()
+    await server.stop(0)
+    memory.close()
+
+
+async def round_trip_s(address: str, repeats: int = 50) -> float:
+    """Median time of an empty gRPC call to the receiver."""
+    import statistics
+    import time
+
+    from baton.api.kvtransfer.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc
+
+    times = []
+    async with create_channel(address) as channel:
+        stub = kvtransfer_pb2_grpc.KVTransferServiceStub(channel)
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            try:
+                await stub.Heartbeat(kvtransfer_pb2.HeartbeatRequest())
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+                    raise
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    asyncio.run(receive(sys.argv[1]))
