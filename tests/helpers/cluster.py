@@ -150,32 +150,42 @@ async def run_cluster(
     num_prefill: int = 1,
     num_decode: int = 1,
     num_blocks: int = 256,
+    prefill_settings: dict[str, Any] | None = None,
+    keep_stopped: bool = False,
     **settings: Any,
 ) -> Any:
-    """Starts an installation and stops it. ``mode``: "disaggregated" or "colocated"."""
+    """Starts an installation and stops it. ``mode``: "disaggregated" or "colocated".
+
+    ``keep_stopped``: a worker that the test took out of ``hosts`` is the test's to stop.
+    """
     cluster = Cluster()
-    block_bytes = _block_bytes(loaded, settings.get("block_size", 16))
     roles = ["colocated"] * num_decode if mode == "colocated" else ["prefill"] * num_prefill + ["decode"] * num_decode
     async with AsyncExitStack() as stack:
         for index, role in enumerate(roles):
+            own = {**settings, **(prefill_settings or {} if role == "prefill" else {})}
+            block_bytes = _block_bytes(loaded, own.get("block_size", 16))
             worker_settings = WorkerSettings(
                 role=role,
                 worker_id=f"{role}-{index}",
                 cluster="test",
                 nats_url="none",
-                block_key_file=key_file,
                 transport=transport,
                 kv_cache_memory=ByteSize(num_blocks * block_bytes),
-                **settings,
+                **{"block_key_file": key_file, **own},
             )
             host_type = PrefillHost if role == "prefill" else DecodeHost
             host = host_type(worker_settings, load=lambda: loaded, bus=cluster.bus)
             await host.start()
-            stack.push_async_callback(host.stop)
+            stack.push_async_callback(_stop, cluster, host, keep_stopped)
             cluster.hosts.append(host)
         stack.push_async_callback(cluster.registry.close)
         await eventually(lambda: len(cluster.registry.views()) == len(roles), what="a link to every worker")
         yield cluster
+
+
+async def _stop(cluster: Cluster, host: WorkerHost[Any], keep_stopped: bool) -> None:
+    if host in cluster.hosts or not keep_stopped:
+        await host.stop()
 
 
 def _block_bytes(loaded: LoadedModel, block_size: int) -> int:
