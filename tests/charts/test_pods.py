@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from baton.services.runtime.health import READY_SERVICE
 from baton.services.runtime.settings import GatewaySettings, Settings, WorkerSettings
 from baton.services.runtime.settings_loader import load_settings
 from tests.charts.fake_kubernetes import Object
@@ -74,12 +75,13 @@ def test_a_worker_is_asked_three_different_questions(render: Render, role: str) 
     probes = {"startupSeconds": 601, "periodSeconds": 20, "livenessFailures": 5, "readinessFailures": 3}
     worker = render({role: {"probes": probes}}).container(role)
     # The model is loaded: 31 * 20 s are the first multiple that is enough.
-    assert worker["startupProbe"]["grpc"] == {"port": 9000, "service": "ready"}
+    ready = {"port": 9000, "service": READY_SERVICE}
+    assert worker["startupProbe"]["grpc"] == ready
     assert worker["startupProbe"]["failureThreshold"] == 31
     # The process steps, whatever its peers do and also while it drains.
     assert worker["livenessProbe"]["grpc"] == {"port": 9000}
     assert worker["livenessProbe"]["failureThreshold"] == 5
-    assert worker["readinessProbe"]["grpc"] == {"port": 9000, "service": "ready"}
+    assert worker["readinessProbe"]["grpc"] == ready
     assert worker["readinessProbe"]["failureThreshold"] == 3
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,23 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.charts.loading import load_script
 from tests.charts.render import CHART
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"chart_{name}", CHART / "files" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --------------------------------------------------------------------------------------------------------------- download
@@ -68,7 +59,7 @@ def hub() -> FakeHub:
 
 @pytest.fixture
 def fetch(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    module = _load("fetch_model")
+    module = load_script(CHART / "files" / "fetch_model.py")
     monkeypatch.setattr(module, "snapshot_download", hub.snapshot_download)
     monkeypatch.setattr(module, "HfApi", lambda: hub)
     fetch: Callable[..., str] = module.fetch
@@ -133,7 +124,7 @@ def test_pods_that_share_a_folder_download_once(fetch: Callable[..., str], hub: 
 def test_a_failure_is_one_line_and_a_bad_exit(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    module = _load("fetch_model")
+    module = load_script(CHART / "files" / "fetch_model.py")
     hub.reachable = False
     monkeypatch.setattr(module, "snapshot_download", hub.snapshot_download)
     for name, value in {"REPOSITORY": "org/m", "REVISION": "abc", "DIRECTORY": str(tmp_path), "FILES": "all"}.items():
@@ -254,7 +245,7 @@ def test_a_gateway_that_is_not_there_fails() -> None:
 
 
 def test_a_gateway_that_becomes_ready_is_waited_for(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = _load("smoke_test")
+    module = load_script(CHART / "files" / "smoke_test.py")
     monkeypatch.setattr(module, "_RETRY_S", 0.0)
     gateway.not_ready = 2
     test = module.SmokeTest(gateway.url, None, 10.0)
