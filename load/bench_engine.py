@@ -45,7 +45,8 @@ def make_model_folder(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+        values: torch.Tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        return values.to(dtype)
 
     hidden, kv = CONFIG["hidden_size"], 3 * 64
     weights = {"model.embed_tokens.weight": noise(49152, 576), "model.norm.weight": torch.ones(576, dtype=dtype)}

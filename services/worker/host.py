@@ -70,9 +70,10 @@ class WorkerHost(ABC, Generic[WorkerT]):
         worker_id = settings.worker_id or f"{settings.role}-{secrets.token_hex(4)}"
         self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=uuid.uuid4().hex)
         self._report: PoolReport | None = None
+        self._is_started = False
 
     @abstractmethod
-    def make_worker(self, parts: WorkerParts, agent: TransferAgent, on_turn: Callable[[Any, float], None]) -> WorkerT:
+    def make_worker(self, parts: WorkerParts, on_turn: Callable[[Any, float], None]) -> WorkerT:
         """Builds the worker around its scheduler."""
 
     @abstractmethod
@@ -85,6 +86,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
 
     async def start(self) -> None:
         settings = self.settings
+        # Before the weights: a port that is taken should be told of at once.
+        server = self._server = runtime_grpc.create_server()
+        self._port = runtime_grpc.bind_server(server, settings.host, settings.port)
         loaded = await asyncio.to_thread(self._load)
         shape = KVCacheShape.of(loaded.config, settings.block_size, loaded.dtype)
         num_blocks = shape.num_blocks_in(settings.kv_cache_memory)
@@ -104,8 +108,6 @@ class WorkerHost(ABC, Generic[WorkerT]):
             vocab_size=loaded.config.vocab_size,
             prefix_caching=settings.prefix_caching,
         )
-        server = self._server = runtime_grpc.create_server()
-        self._port = runtime_grpc.bind_server(server, settings.host, settings.port)
         self._announcer = Announcer(
             self._bus,
             Subjects(settings.cluster),
@@ -118,13 +120,17 @@ class WorkerHost(ABC, Generic[WorkerT]):
         )
         worker = self.worker = self.make_worker(parts, watch.on_turn)
         agent = self._agent = worker.agent = self._make_agent(worker)
-        await agent.start()
+        try:
+            await agent.start()
+        except TransferError as error:
+            raise ConfigurationError(f"--kv-port {settings.kv_port}: {error.message}") from error
         agent.add_to_server(server)
         names = [*self.add_servicer(server, worker), *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR)]
         self._health.add_to(server)
         runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
         worker.steps.start()
         await server.start()
+        self._is_started = True
         self._health.set_ready()
         self._tasks.append(asyncio.create_task(self._announcer.run(), name="announce"))
         await self._bus.start()
@@ -229,16 +235,15 @@ class WorkerHost(ABC, Generic[WorkerT]):
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
-        if self.worker is None:
-            await self._bus.close()
-            return
-        self._announcer.announce(leaving=True)
-        await self.worker.stop_requests()
-        await self._agent.close()
-        await self._server.stop(grace=0.5)
-        await self.worker.steps.stop()
+        if self._is_started:
+            assert self.worker is not None
+            self._announcer.announce(leaving=True)
+            await self.worker.stop_requests()
+            await self._agent.close()
+            await self._server.stop(grace=0.5)
+            await self.worker.steps.stop()
+            self._memory.close()
         await self._bus.close()
-        self._memory.close()
 
     async def status(self) -> pb.WorkerStatus:
         """The worker as it is now, not as it was at the last report."""
