@@ -93,26 +93,26 @@ class ChatAnswer(Answer):
                     if piece.tokens or piece.finish_reason is not None:
                         chunk += event(self._piece_chunk(piece))
                 elif piece.text:
-                    chunk += texts[piece.index].render(piece.text)
+                    chunk += texts[piece.choice_index].render(piece.text)
                 if chunk:
                     yield chunk
         if options.include_usage:
             yield event(self.envelope(self.object_name + ".chunk") | {"choices": [], "usage": self.usage()})
 
     def _first_chunk(self, piece: ChoicePiece) -> bytes:
-        chunk = self._chunk(piece.index, {"role": "assistant", "content": ""}, finish_reason=None)
-        chunk["choices"][0] |= self.token_ids(piece.index, (), with_prompt=True)
+        chunk = self._chunk(piece.choice_index, {"role": "assistant", "content": ""}, finish_reason=None)
+        chunk["choices"][0] |= self.token_ids(piece.choice_index, (), with_prompt=True)
         return event(chunk)
 
     def _piece_chunk(self, piece: ChoicePiece) -> dict[str, Any]:
         chunk = self._chunk(
-            piece.index, {"content": piece.text} if piece.text else {}, piece.finish_reason, len(piece.tokens)
+            piece.choice_index, {"content": piece.text} if piece.text else {}, piece.finish_reason, len(piece.tokens)
         )
         choice = chunk["choices"][0]
         choice["logprobs"] = self._logprobs(piece.tokens)
         if piece.finish_reason is not None:
             choice["stop_reason"] = piece.stop_reason
-        choice |= self.token_ids(piece.index, piece.tokens, with_prompt=False)
+        choice |= self.token_ids(piece.choice_index, piece.tokens, with_prompt=False)
         return chunk
 
     def _chunk(

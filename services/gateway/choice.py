@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, SampledToken, TokenLogprobs
@@ -11,8 +11,7 @@ from baton.services.gateway.detokenizer import Detokenizer
 from baton.services.gateway.generation import TokenDelta
 
 
-@dataclass(frozen=True, slots=True)
-class OutputToken:
+class OutputToken(NamedTuple):
     """A generated token and its place in the text. ``data`` is what it contributed; nothing for a hidden token."""
 
     sampled: SampledToken
@@ -20,11 +19,10 @@ class OutputToken:
     text_offset: int  # characters of the choice's text before it, not counting an echoed prompt
 
 
-@dataclass(frozen=True, slots=True)
-class ChoicePiece:
+class ChoicePiece(NamedTuple):
     """What is new in one choice. The first piece of a choice has ``is_first``, the last one a finish reason."""
 
-    index: int
+    choice_index: int
     text: str
     tokens: tuple[OutputToken, ...]
     is_first: bool = False
@@ -68,6 +66,8 @@ class ChoiceAssembler:
         if delta.first_index != self.num_tokens:
             message = f"tokens from index {delta.first_index} on, expected {self.num_tokens}"
             raise BatonError(ErrorCode.INTERNAL, message)
+        if self._stop is None and delta.finish_reason is None and self._has_started and len(delta.tokens) == 1:
+            return self._feed_one(delta.tokens[0])
         is_first, self._has_started = not self._has_started, True
         texts: list[str] = []
         tokens: list[OutputToken] = []
@@ -101,6 +101,14 @@ class ChoiceAssembler:
             delta.prompt_logprobs if is_first else None,
             self._detokenizer.prompt_text if is_first else "",
         )
+
+    def _feed_one(self, token: SampledToken) -> ChoicePiece:
+        """``feed`` for nearly all deltas: one token in the middle of a generation without stop strings."""
+        text = self._detokenizer.push(token.token_id)
+        output = OutputToken(token, self._detokenizer.last_piece, self._num_chars)
+        self._num_chars += len(text)
+        self.num_tokens += 1
+        return ChoicePiece(self._index, text, (output,))
 
     def _emit(self, text: str, texts: list[str]) -> str | None:
         """Adds what of ``text`` may be shown now; returns the stop string that it completed."""

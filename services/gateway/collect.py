@@ -32,7 +32,7 @@ async def collect(generation: Generation) -> list[CollectedChoice]:
     choices = [CollectedChoice(index) for index in range(generation.options.num_choices)]
     async with aclosing(generation.stream()) as pieces:
         async for piece in pieces:
-            choice = choices[piece.index]
+            choice = choices[piece.choice_index]
             choice.texts.append(piece.text)
             choice.tokens.extend(piece.tokens)
             choice.finish_reason = piece.finish_reason

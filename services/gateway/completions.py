@@ -91,26 +91,26 @@ class CompletionAnswer(Answer):
         async with aclosing(self.generation.stream()) as pieces:
             async for piece in pieces:
                 if piece.is_first:
-                    prompt_chars[piece.index] = len(piece.prompt_text)
+                    prompt_chars[piece.choice_index] = len(piece.prompt_text)
                 if not is_plain or piece.finish_reason is not None:
                     if piece.tokens or piece.is_first or piece.finish_reason is not None:
-                        yield event(self._piece_chunk(piece, prompt_chars[piece.index]))
+                        yield event(self._piece_chunk(piece, prompt_chars[piece.choice_index]))
                 elif text := piece.prompt_text + piece.text:
-                    yield texts[piece.index].render(text)
+                    yield texts[piece.choice_index].render(text)
         if options.include_usage:
             yield event(self.envelope(self.object_name) | {"choices": [], "usage": self.usage()})
 
     def _piece_chunk(self, piece: ChoicePiece, prompt_chars: int) -> dict[str, Any]:
-        chunk = self._chunk(piece.index, piece.prompt_text + piece.text, piece.finish_reason, len(piece.tokens))
+        chunk = self._chunk(piece.choice_index, piece.prompt_text + piece.text, piece.finish_reason, len(piece.tokens))
         choice = chunk["choices"][0]
         if piece.is_first:
-            logprobs = self._logprobs(piece.index, piece.tokens, piece.prompt_text, piece.prompt_logprobs)
+            logprobs = self._logprobs(piece.choice_index, piece.tokens, piece.prompt_text, piece.prompt_logprobs)
         else:
             logprobs = self._output_logprobs(piece.tokens, prompt_chars)
         choice["logprobs"] = logprobs
         if piece.finish_reason is not None:
             choice["stop_reason"] = piece.stop_reason
-        choice |= self.token_ids(piece.index, piece.tokens, with_prompt=piece.is_first)
+        choice |= self.token_ids(piece.choice_index, piece.tokens, with_prompt=piece.is_first)
         return chunk
 
     def _chunk(self, index: int, text: str, finish_reason: str | None, num_tokens: int = 0) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     continue
                 response = inference_pb2.GenerateResponse(
                     id=receipt_id,
-                    index=piece.index,
+                    index=piece.choice_index,
                     text=piece.text,
                     tokens=[convert.token_to_wire(token.sampled) for token in piece.tokens],
                     finish_reason=convert.finish_reason_to_wire(

@@ -95,7 +95,7 @@ class Generation:
         if choice.is_leader:
             self._prompt_logprobs[prompt_index] = piece.prompt_logprobs
             return piece
-        return dataclasses.replace(piece, prompt_logprobs=self._prompt_logprobs.get(prompt_index))
+        return piece._replace(prompt_logprobs=self._prompt_logprobs.get(prompt_index))
 
     def _assembler(self, choice: _Choice) -> ChoiceAssembler:
         options, sampling = self.options, choice.request.sampling

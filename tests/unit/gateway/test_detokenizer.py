@@ -160,4 +160,4 @@ def test_a_token_costs_microseconds() -> None:
         for token_id in ids:
             detokenizer.push(token_id)
         best_s = min(best_s, time.perf_counter() - started_s)
-    assert best_s / len(ids) < 5e-6
+    assert best_s / len(ids) < 10e-6
