@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from google.protobuf import descriptor_pool, json_format, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from helpers.oracle import Subject, expected_tokens, make_prompt, make_subject
 from helpers.serving import Serving, serving
+from helpers.waiting import eventually_sync
 
 OPTIONS = ("--kv-cache-memory", "32MiB", "--max-num-seqs", "32", "--dtype", "float32", "--served-model-name", "tiny")
 
@@ -338,3 +340,31 @@ def test_what_cannot_be_served_is_refused_in_one_line_with_status_2(tmp_path: Pa
         assert server.process.wait(60) == 2
         assert any("nothing" in line for line in server.lines)
         assert not any("Traceback" in line for line in server.lines)
+
+
+def test_a_damaged_model_is_refused_naming_file_and_tensor(subject: Subject, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(subject.path, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with serving("--model", str(damaged), wait=False) as server:
+        assert server.process.wait(90) == 2
+        refusals = [line for line in server.lines if "model.safetensors" in line]
+        assert refusals
+        assert not any("Traceback" in line for line in server.lines)
+
+
+def test_a_port_in_use_is_one_line_and_status_2(server: Serving) -> None:
+    with serving("--port", str(server.port), wait=False) as second:
+        assert second.process.wait(30) == 2
+        assert len([line for line in second.lines if str(server.port) in line]) == 1
+        assert not any("Traceback" in line for line in second.lines)
+
+
+@pytest.mark.parametrize("phase", ["starting prefill-0", "NATS is ready"])
+def test_sigterm_while_loading_leaves_nothing_and_exits_0(subject: Subject, phase: str) -> None:
+    with serving("--model", str(subject.path), *OPTIONS, wait=False) as server:
+        eventually_sync(lambda: any(phase in line for line in server.lines), timeout_s=30, what=phase)
+        tree = server.children()
+        assert server.stop(signal.SIGTERM) == 0
+        assert not psutil.wait_procs(tree, timeout=5)[1]
