@@ -22,7 +22,7 @@ from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.receiving import ReceivingSide
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff, SendingSide
-from baton.kvtransfer.service import KVTransferClient, add_to_server
+from baton.kvtransfer.service import KVTransferClient, add_to_server, open_local_channel
 from baton.kvtransfer.stats import TransferStats
 from baton.kvtransfer.transport.listener import DataListener
 from baton.kvtransfer.transport.registry import make_transports
@@ -37,8 +37,8 @@ class TransferAgent:
     """Hands blocks of ``memory`` to other workers, and takes theirs on behalf of ``host``.
 
     ``transports``: ``"auto"`` or names, best first. The data plane listens on ``data_host:data_port`` (0: any free port) and
-    tells peers ``advertised_host``, which must be given when listening on every address. ``clock`` is what deadlines are on.
-    ``open_channel`` makes the gRPC channel to a peer's address.
+    tells peers ``advertised_host`` and ``advertised_port``; the host must be given when listening on every address.
+    ``open_channel`` makes the gRPC channel to a peer's address. ``clock`` is what deadlines are on.
 
     Raises TransferError when a transport that was asked for by name does not work here.
     """
@@ -54,8 +54,9 @@ class TransferAgent:
         data_host: str = "127.0.0.1",
         data_port: int = 0,
         advertised_host: str | None = None,
+        advertised_port: int | None = None,
         options: TransferOptions | None = None,
-        open_channel: Callable[[str], grpc.aio.Channel] = grpc.aio.insecure_channel,
+        open_channel: Callable[[str], grpc.aio.Channel] = open_local_channel,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if memory.block_bytes != compatibility.layout.block_bytes:
@@ -65,7 +66,7 @@ class TransferAgent:
         self.identity = identity
         self.host_id = host_id()
         self._data_host, self._data_port = data_host, data_port
-        self._advertised_host = advertised_host or data_host
+        self._advertised_host, self._advertised_port = advertised_host or data_host, advertised_port
         self._open_channel = open_channel
         self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kv-copy")
         self._context = AgentContext(
@@ -93,7 +94,7 @@ class TransferAgent:
         """Opens the data plane. Raises TransferError when it cannot listen."""
         self._listener = DataListener(self._data_host, self._data_port, self._receiving, self._context.options)
         host = f"[{self._advertised_host}]" if ":" in self._advertised_host else self._advertised_host
-        self._receiving.data_address = f"{host}:{self._listener.port}"
+        self._receiving.data_address = f"{host}:{self._advertised_port or self._listener.port}"
 
     @property
     def data_address(self) -> str:

@@ -181,6 +181,8 @@ class OutgoingPairs:
                 context.identity, receiver, context.compatibility, tuple(context.transports), Offer(host_id(), shared)
             )
             pair = OutgoingPair(context, receiver, client, await client.handshake(ours), self._discard)
+            # At once: an address that cannot be reached is found out before anybody waits for blocks.
+            await pair.outlet.connect()
         except BaseException:
             await client.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -75,6 +76,7 @@ class ReceivingSide:
             self._drop(previous, TransferCode.PEER_LOST, f"{theirs.sender} shook hands again")
         pair = IncomingPair(theirs.sender, ours.identity, transport, source, secrets.token_bytes(32))
         self._pairs[theirs.sender] = pair
+        self.on_disconnected(pair)  # until it connects
         _log.info("kv_pair_made", sender=str(theirs.sender), transport=transport.name)
         return HandshakeReply(transport.name, self.data_address, pair.token)
 
@@ -130,6 +132,14 @@ class ReceivingSide:
 
     def find_pair(self, fence: bytes) -> IncomingPair | None:
         return next((pair for pair in self._pairs.values() if pair.fence == fence), None)
+
+    def on_disconnected(self, pair: IncomingPair) -> None:
+        """Keeps a pair that may come back within a lease; a sender that died must not keep its memory mapped here."""
+        if not pair.is_closed and not self._is_closed:
+            if pair.expiry is not None:
+                pair.expiry.cancel()
+            lease_s = self._context.options.limits.lease_s
+            pair.expiry = asyncio.get_running_loop().call_later(lease_s, self._drop_if_gone, pair)
 
     def on_push(self, inlet: Inlet, pair: IncomingPair, header: Header, body: memoryview) -> Payload | None:
         handoff = self._handoffs.get(header.fence)
@@ -237,6 +247,16 @@ class ReceivingSide:
             self._retired[other] = None
             while len(self._retired) > _MAX_RETIRED:
                 self._retired.popitem(last=False)
+
+    def _drop_if_gone(self, pair: IncomingPair) -> None:
+        if pair.is_closed or pair.inlets:
+            return
+        if any(handoff.pair is pair for handoff in self.active):
+            self.on_disconnected(pair)  # their leases run out first
+            return
+        del self._pairs[pair.sender]
+        pair.close()
+        _log.info("kv_pair_dropped", sender=str(pair.sender))
 
     def _drop(self, pair: IncomingPair, code: TransferCode, reason: str) -> None:
         for handoff in self.active:

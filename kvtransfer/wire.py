@@ -1,4 +1,4 @@
-"""The protocol's messages as protobuf and back. What comes in is checked here: a malformed one is a ValueError with the field."""
+"""The protocol's messages as protobuf and back. What comes in is checked; a malformed one is a ValueError with the field."""
 
 from __future__ import annotations
 

@@ -43,12 +43,16 @@ class IncomingPair:
         self.source = source
         self.token = token
         self.inlets: list[Inlet] = []
+        self.is_closed = False
+        self.expiry: asyncio.TimerHandle | None = None  # runs while it has no connection
 
     def close(self) -> None:
         """Ends its connections and lets go of the sender's memory."""
+        self.is_closed = True
+        if self.expiry is not None:
+            self.expiry.cancel()
         for inlet in list(self.inlets):
             inlet.close()
-        self.inlets.clear()
         self.source = None
 
 
@@ -57,6 +61,10 @@ class InletEvents(Protocol):
 
     def find_pair(self, fence: bytes) -> IncomingPair | None:
         """The pair that a connection says it belongs to."""
+        ...
+
+    def on_disconnected(self, pair: IncomingPair) -> None:
+        """The last connection of a pair is gone."""
         ...
 
     def on_push(self, inlet: Inlet, pair: IncomingPair, header: Header, body: memoryview) -> Payload | None:
@@ -129,6 +137,8 @@ class Inlet:
         self._listener.inlets.discard(self)
         if self._pair is not None and self in self._pair.inlets:
             self._pair.inlets.remove(self)
+            if not self._pair.inlets:
+                self._listener.events.on_disconnected(self._pair)
 
 
 class DataListener:

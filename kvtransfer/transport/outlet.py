@@ -1,7 +1,7 @@
 """The sending end of a data-plane connection: takes blocks as they become ready, sends them in order, hears the verdicts.
 
-The connection is made when there is something to send, and made again after it broke: what was under way is then forgotten
-here, and the handoffs push it again. Blocks are hashed on a thread, a batch ahead of the socket.
+The connection is made with the handshake, and again when there is something to send after it broke: what was under way is then
+forgotten here, and the handoffs push it again. Blocks are hashed on a thread, a batch ahead of the socket.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 import structlog
 
-from baton.kvtransfer.errors import RemoteProtocolError, TransferCode
+from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.messages import Slot
 from baton.kvtransfer.options import TransferOptions
@@ -161,10 +161,13 @@ class Outlet:
     async def _pump(self) -> None:
         try:
             while self._queue:
-                if self._stream is None and not await self._connect():
-                    break
+                if self._stream is None:
+                    await self.connect()
                 if self._queue and self._stream is not None:
                     await self._send_next(self._stream)
+        except TransferError as error:
+            self._queue.clear()
+            self._events.on_unreachable(error.code, error.message)
         except Exception as error:  # whatever it was, those who wait for these blocks are told
             _log.exception("kv_outlet_failed", address=self.address)
             self._queue.clear()
@@ -220,7 +223,8 @@ class Outlet:
 
     # The connection.
 
-    async def _connect(self) -> bool:
+    async def connect(self) -> None:
+        """Makes the connection. Raises TransferError when it cannot be had."""
         host, port = self.address
         if self._num_failures:
             await asyncio.sleep(min(_MAX_BACKOFF_S, 0.05 * 2**self._num_failures))
@@ -230,15 +234,9 @@ class Outlet:
                 sock = await _connect(host, port)
         except (OSError, TimeoutError) as error:
             why = (error.strerror if isinstance(error, OSError) else None) or "no answer"
-            self._queue.clear()
-            self._events.on_unreachable(TransferCode.PEER_LOST, f"data plane {host}:{port}: {why}")
-            return False
-        if self._is_closed:
-            sock.close()
-            return False
+            raise TransferError(TransferCode.PEER_LOST, f"data plane {host}:{port}: {why}") from error
         self._stream = FrameStream(sock, self, stall_s=self._options.stall_s)
         self._stream.send(self._hello)
-        return True
 
     def on_frame(self, header: Header, body: memoryview) -> Payload | None:
         match header.kind:

@@ -1,4 +1,4 @@
-"""Transfer agents as two workers have them: real memory, real sockets, a real gRPC server, a small host that plays the worker."""
+"""Transfer agents as two workers have them: real memory, sockets and gRPC server, and a small host that plays the worker."""
 
 from __future__ import annotations
 
