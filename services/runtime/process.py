@@ -16,6 +16,9 @@ PARENT_PID_VARIABLE = "BATON_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 _PARENT_POLL_S = 0.5
 
+# Some senders (timeout, some container runtimes) signal the process and its group: one request, two signals.
+_SAME_REQUEST_S = 0.5
+
 
 def die_with_parent() -> None:
     """Ends this process, whatever it does, when the supervisor that started it is gone. Without a supervisor: nothing.
@@ -53,6 +56,7 @@ class StopSignals:
         self.drain = asyncio.Event()
         self.stop_now = asyncio.Event()
         self.last_signal: signal.Signals | None = None
+        self._first_s = 0.0
 
     def __enter__(self) -> StopSignals:
         loop = asyncio.get_running_loop()
@@ -66,7 +70,10 @@ class StopSignals:
             loop.remove_signal_handler(number)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        self.last_signal = signal.Signals(number)
-        if self.drain.is_set():
+        now_s = asyncio.get_running_loop().time()
+        if not self.drain.is_set():
+            self._first_s = now_s
+            self.drain.set()
+        elif now_s - self._first_s >= _SAME_REQUEST_S:
             self.stop_now.set()
-        self.drain.set()
+        self.last_signal = signal.Signals(number)

@@ -9,7 +9,7 @@ from pathlib import Path
 from baton.services.core.errors import ConfigurationError
 from baton.services.local import supervisor
 from baton.services.local.bundled import with_model
-from baton.services.runtime.process import exit_cleanly_on_signals
+from baton.services.runtime import process
 from baton.services.runtime.settings import ServeSettings
 from baton.services.runtime.settings_loader import load_settings, report_problems
 
@@ -21,7 +21,8 @@ def stand_in_argv(*args: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    exit_cleanly_on_signals()
+    process.exit_cleanly_on_signals()
+    process._SAME_REQUEST_S = 0.0
     supervisor._FIRST_BACKOFF_S = float(sys.argv[2])
     settings = with_model(load_settings(ServeSettings, json.loads(sys.argv[1])))
     try:

@@ -1,4 +1,4 @@
-"""A service whose every step can be made slow or broken: run as a process by test_main.py. Arguments: a mode, a file for its steps."""
+"""A service whose steps can be slow or broken, run by test_main.py. Arguments: a mode, a file that gets its steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 import time
 
 from baton.services.core.errors import ConfigurationError
+from baton.services.runtime import process
 from baton.services.runtime.main import run_service
-from baton.services.runtime.process import die_with_parent, exit_cleanly_on_signals
 from baton.services.runtime.settings import ServeSettings
 
 
@@ -49,8 +49,9 @@ def step(name: str) -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly_on_signals()
-    die_with_parent()
+    process._SAME_REQUEST_S = float(os.environ.get("SAME_REQUEST_S", "0"))
+    process.exit_cleanly_on_signals()
+    process.die_with_parent()
     step(f"pid {os.getpid()}")
     if sys.argv[1] == "import":
         step("importing")

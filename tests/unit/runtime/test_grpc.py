@@ -87,9 +87,8 @@ async def test_an_error_arrives_as_it_was_raised(raised: BatonError) -> None:
     worker = Worker()
     worker.error = raised
     async with serving(worker) as stub:
-        with pytest.raises(BatonError) as caught:
-            with rpc_errors("decode-0"):
-                await stub.GetStatus(decode_pb2.GetStatusRequest(), timeout=5)
+        with pytest.raises(BatonError) as caught, rpc_errors("decode-0"):
+            await stub.GetStatus(decode_pb2.GetStatusRequest(), timeout=5)
     for attribute in ("code", "message", "param", "retryable", "retry_after_s"):
         assert getattr(caught.value, attribute) == getattr(raised, attribute), attribute
 
@@ -165,9 +164,8 @@ async def test_a_cancelled_stream_is_cleaned_up_at_once() -> None:
 
 async def test_a_dead_peer_is_a_lost_worker() -> None:
     async with create_channel("127.0.0.1:1") as channel:
-        with pytest.raises(BatonError) as caught:
-            with rpc_errors("decode-7"):
-                await decode_pb2_grpc.DecodeServiceStub(channel).GetStatus(decode_pb2.GetStatusRequest(), timeout=5)
+        with pytest.raises(BatonError) as caught, rpc_errors("decode-7"):
+            await decode_pb2_grpc.DecodeServiceStub(channel).GetStatus(decode_pb2.GetStatusRequest(), timeout=5)
     assert caught.value.code is ErrorCode.WORKER_LOST
     assert caught.value.retryable
     assert "decode-7" in caught.value.message
@@ -182,9 +180,8 @@ async def test_a_missed_deadline_is_named() -> None:
             return decode_pb2.GetStatusResponse()
 
     async with serving(Slow()) as stub:
-        with pytest.raises(BatonError) as caught:
-            with rpc_errors("decode-0"):
-                await stub.GetStatus(decode_pb2.GetStatusRequest(), timeout=0.05)
+        with pytest.raises(BatonError) as caught, rpc_errors("decode-0"):
+            await stub.GetStatus(decode_pb2.GetStatusRequest(), timeout=0.05)
     assert caught.value.code is ErrorCode.DEADLINE_EXCEEDED
 
 

@@ -76,6 +76,13 @@ def test_a_second_signal_stops_now(run: Callable[..., Running]) -> None:
     assert service.steps() == ["start", "started", "drain", "stop"]
 
 
+def test_two_signals_at_once_are_one_request(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAME_REQUEST_S", "600")
+    service = run("stubborn", "short").until("started").send(signal.SIGTERM).until("drain").send(signal.SIGTERM)
+    assert service.status() == 0
+    assert "drain timed out" in service.errors()
+
+
 def test_a_drain_ends_when_its_time_is_over(run: Callable[..., Running]) -> None:
     service = run("stubborn", "short").until("started").send(signal.SIGTERM)
     assert service.status() == 0

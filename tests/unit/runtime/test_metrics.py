@@ -9,11 +9,25 @@ from baton.api.common.v1 import common_pb2
 from baton.services.core.lifecycle import Instant, Trace
 from baton.services.runtime.metrics import Metrics
 
-# contract.md: names that dashboards and outside tests rely on
-CONTRACT_NAMES = """baton_ttft_seconds baton_tpot_seconds baton_e2e_seconds baton_phase_seconds baton_kv_transfer_seconds
-baton_requests_total baton_tokens_total baton_kv_transfer_bytes_total baton_fallbacks_total baton_slo_met_total
-baton_slo_missed_total baton_queued_requests baton_running_requests baton_kv_blocks baton_kv_blocks_overdue
-baton_kv_ledger_error""".split()
+# Dashboards and alerts rely on these names.
+CONTRACT_NAMES = [
+    "baton_ttft_seconds",
+    "baton_tpot_seconds",
+    "baton_e2e_seconds",
+    "baton_phase_seconds",
+    "baton_kv_transfer_seconds",
+    "baton_requests_total",
+    "baton_tokens_total",
+    "baton_kv_transfer_bytes_total",
+    "baton_fallbacks_total",
+    "baton_slo_met_total",
+    "baton_slo_missed_total",
+    "baton_queued_requests",
+    "baton_running_requests",
+    "baton_kv_blocks",
+    "baton_kv_blocks_overdue",
+    "baton_kv_ledger_error",
+]
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
