@@ -75,9 +75,8 @@ check-chart:
 bench: $(VENV)/.dev ## benchmarks: a table, and JSON in bench-results/
 	$(BIN)/python -P -m baton.load.bench $(ARGS)
 
-gpu-check: $(VENV)/.dev ## kernel tests and benchmarks on a CUDA GPU
+gpu-check: $(VENV)/.dev ## the kernel tests that need a CUDA GPU
 	$(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)
-	$(BIN)/python -P -m baton.load.bench_kernels
 
 proto: $(VENV)/.dev ## generate proto/gen/ from proto/baton/
 	PYTHON=$(BIN)/python proto/generate.sh
