@@ -120,7 +120,7 @@ class RequestUpdate:
 
     request: Request
     new_tokens: tuple[SampledToken, ...] = ()
-    first_index: int = 0  # index of new_tokens[0] in the generation
+    first_index: int = 0  # index in the generation of new_tokens[0], or of the next one
     finished: bool = False  # its last update; request.finish_reason and stop_token_id say why
     handing_over: bool = False  # its prompt is complete on a prefill worker: state HANDING_OVER until release()
     completed_blocks: range = range(0)  # indices into the block table that became complete, so that they can be sent
@@ -158,7 +158,7 @@ class Scheduler(Protocol):
         """Decide the next step and take the blocks that it needs."""
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestUpdate]:
-        """Record a step. Must follow each ``schedule`` that scheduled something, before the next one."""
+        """Record a step, before the next ``schedule``. Where the engine failed, abort what was scheduled instead."""
 
     def block_names(self, request_id: str) -> list[bytes]:
         """Names of the blocks of the request's tokens as they were when it came: full ones, then a partial one."""

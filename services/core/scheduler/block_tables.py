@@ -108,13 +108,13 @@ class BlockTables:
         """
         request, names, size = sequence.request, sequence.names, self._block_size
         num_full = request.num_computed_tokens // size
-        if self._enable_prefix_caching:
+        if self._enable_prefix_caching and num_full > sequence.num_named:
             if len(names) < num_full:
                 parent = names[-1] if names else self._namer.root(size, request.cache_salt)
                 names += self._namer.extend(parent, request.token_ids[len(names) * size : num_full * size], size)
             for index in range(sequence.num_named, num_full):
                 self.pool.name_block(request.block_table[index], names[index])
-            sequence.num_named = max(sequence.num_named, num_full)
+            sequence.num_named = num_full
         num_complete = num_full
         if with_partial and request.num_computed_tokens % size:
             num_complete += 1

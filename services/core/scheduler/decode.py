@@ -87,6 +87,9 @@ class DecodeScheduler:
 
         None: no room yet; it waits in the queue and comes out of a later ``schedule``. Raises BatonError where it can
         never be granted, and where ``block_names`` are not what this worker calls the request's blocks.
+
+        A sender asks only when its own scheduler has admitted the prompt, so that what is granted will surely be filled:
+        otherwise two workers could each wait for room that the other's requests hold.
         """
         sequence = self._enqueue(request)
         try:
@@ -324,10 +327,12 @@ class DecodeScheduler:
         record_chunk(sequence, item, result)
         completed = self._tables.complete(sequence)
         completed_ids = tuple(request.block_table[completed.start : completed.stop])
-        if not samples:
-            return RequestUpdate(request, completed_blocks=completed, completed_block_ids=completed_ids)
-        token = result.sampled[request.request_id]
         first_index = request.num_output_tokens
+        if not samples:
+            return RequestUpdate(
+                request, (), first_index, completed_blocks=completed, completed_block_ids=completed_ids
+            )
+        token = result.sampled[request.request_id]
         is_first = not sequence.has_sampled
         sequence.has_sampled = True
         reason = append_token(request, token.token_id, self.limits.max_model_len)

@@ -14,11 +14,13 @@ def append_token(request: Request, token_id: int, max_model_len: int) -> FinishR
     """
     request.token_ids.append(token_id)
     sampling = request.sampling
-    if request.num_output_tokens >= sampling.min_tokens and token_id in sampling.ending_token_ids:
-        if sampling.ignore_eos or token_id not in sampling.eos_token_ids:
-            request.stop_token_id = token_id
+    num_output_tokens = request.num_output_tokens
+    is_stop = token_id in sampling.stop_token_ids
+    is_eos = token_id in sampling.eos_token_ids and not sampling.ignore_eos
+    if (is_stop or is_eos) and num_output_tokens >= sampling.min_tokens:
+        request.stop_token_id = None if is_eos else token_id
         return FinishReason.STOP
-    if request.num_output_tokens >= sampling.max_tokens or request.num_tokens >= max_model_len:
+    if num_output_tokens >= sampling.max_tokens or request.num_tokens >= max_model_len:
         return FinishReason.LENGTH
     return None
 

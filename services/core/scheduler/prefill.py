@@ -185,14 +185,16 @@ class PrefillScheduler:
         record_chunk(sequence, item, result)
         completed = self._tables.complete(sequence, with_partial=samples)
         completed_ids = tuple(request.block_table[completed.start : completed.stop])
+        first_index = request.num_output_tokens
         if not samples:
             if not is_handed_over:
-                return RequestUpdate(request)
+                return RequestUpdate(request, (), first_index)
             self._hand_to_transfer(request, completed_ids, now)
-            return RequestUpdate(request, completed_blocks=completed, completed_block_ids=completed_ids)
+            return RequestUpdate(
+                request, (), first_index, completed_blocks=completed, completed_block_ids=completed_ids
+            )
 
         token = result.sampled[request.request_id]
-        first_index = request.num_output_tokens
         reason = append_token(request, token.token_id, self.limits.max_model_len)
         if reason is None:
             self._hand_to_transfer(request, completed_ids, now)

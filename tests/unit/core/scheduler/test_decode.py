@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.scheduling import make_decode, make_request, run_until_idle, shape, step
 
+from baton.services.core.block_state import Hold, Owner
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, Request, RequestState, SampledToken, TokenLogprobs
 from baton.services.core.scheduler.base import StepResult
@@ -192,12 +193,31 @@ def test_a_request_that_outgrew_its_promise_is_promised_more() -> None:
     assert scheduler.stats().queued == 1
 
 
-def test_alone_a_request_may_have_the_whole_pool() -> None:
-    scheduler = make_decode(4, output_lengths=OutputLengthEstimator(prior_tokens=1000))
-    request = make_request("r", 9, max_tokens=8)
+def test_alone_a_request_starts_even_if_there_is_no_room_now_for_all_of_its_growth() -> None:
+    scheduler = make_decode(8, output_lengths=OutputLengthEstimator(prior_tokens=1000))
+    lost = Hold(Owner.TRANSFER, "elsewhere/1")
+    blocks = scheduler.pool.allocate(3, lost)
+    scheduler.pool.quarantine(blocks, lost)
+    request = make_request("r", 8, max_tokens=24)
     scheduler.add(request)
+    for _ in range(30):
+        step(scheduler)
+    assert (request.num_output_tokens, request.num_preemptions) == (13, 0), "it waits with what it has"
+    scheduler.pool.release_quarantine(blocks)
     run_until_idle(scheduler)
-    assert request.num_output_tokens == 8
+    assert request.num_output_tokens == 24
+
+
+def test_a_preempted_request_comes_back_before_those_that_never_ran() -> None:
+    scheduler = make_decode(6, output_lengths=short_answers())
+    scheduler.add(make_request("old", 8, max_tokens=12))
+    preempted = make_request("preempted", 8, max_tokens=8, first_token=100)
+    scheduler.add(preempted)
+    step(scheduler)
+    scheduler.add(make_request("later", 16, max_tokens=2, first_token=200))
+    ends = [update.request.request_id for update in run_until_idle(scheduler) if update.finished]
+    assert preempted.num_preemptions > 0
+    assert ends == ["old", "preempted", "later"]
 
 
 def test_what_could_never_run_to_its_end_is_refused_with_figures() -> None:
