@@ -98,10 +98,11 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     if not path.exists():
         return GenerationDefaults()
     raw = ConfigFile.read(path)
+    top_k = raw.optional_integer("top_k", minimum=-1)  # some say "off" as -1, some as 0
     return GenerationDefaults(
         temperature=raw.optional_number("temperature", minimum=0.0, maximum=100.0),
         top_p=raw.optional_number("top_p", minimum=0.0, maximum=1.0),
-        top_k=raw.optional_integer("top_k", minimum=0),
+        top_k=None if top_k is None else max(top_k, 0),
         min_p=raw.optional_number("min_p", minimum=0.0, maximum=1.0),
         repetition_penalty=raw.optional_number("repetition_penalty", minimum=1e-3, maximum=1e3),
         eos_token_ids=raw.token_ids("eos_token_id"),

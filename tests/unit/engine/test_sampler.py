@@ -168,6 +168,15 @@ def test_draws_change_with_seed_and_position() -> None:
     assert len(set(by_position)) > 15
 
 
+def test_position_is_the_index_in_the_whole_sequence() -> None:
+    """A continuation elsewhere may take what was generated so far for its prompt: it draws the same."""
+    logits = torch.zeros((1, VOCAB))
+    for seed in range(10):
+        generated = request_with(OUTPUT, temperature=1.0, seed=seed)
+        given = make_request(PROMPT + OUTPUT, temperature=1.0, seed=seed)
+        assert choose(logits, generated) == choose(logits, given)
+
+
 # --- through the engine
 
 SAMPLED: dict[str, object] = {"temperature": 1.0, "top_p": 0.95, "frequency_penalty": 0.3}
