@@ -183,4 +183,4 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 
 TestBlockPool = BlockPoolMachine.TestCase
-TestBlockPool.settings = settings(max_examples=120, stateful_step_count=50, deadline=None, derandomize=True)
+TestBlockPool.settings = settings(max_examples=70, stateful_step_count=50, deadline=None, derandomize=True)

@@ -133,7 +133,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulers = SchedulerMachine.TestCase
-TestSchedulers.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True)
+TestSchedulers.settings = settings(max_examples=70, stateful_step_count=50, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("seed", range(20))

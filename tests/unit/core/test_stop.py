@@ -80,7 +80,7 @@ def test_an_empty_stop_string_is_refused() -> None:
         StopChecker(["a", ""])
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     pieces=st.lists(st.text("abc", max_size=5), max_size=8),
     stop=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),

@@ -31,7 +31,7 @@ def test_with_no_share_for_the_short_order_is_all() -> None:
     assert share_tokens([500, 1], 100, 0.0) == [100, 0]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     remaining=st.lists(st.integers(1, 120), max_size=8),
     budget=st.integers(0, 200),
