@@ -99,12 +99,23 @@ class DecodeWorker(Worker[DecodeScheduler]):
             first_token.token_id,
             None if first_token.logprob is None else TokenLogprobs(first_token.logprob, first_token.top_logprobs),
         )
+
+        def commit(scheduler: DecodeScheduler) -> None:
+            scheduler.commit(active.id, token, self._clock())
+            self.steps.tell(self._on_committed, expected, report)  # ahead of what the next step makes of it
+
         try:
-            await self.steps.call(lambda scheduler: scheduler.commit(active.id, token, self._clock()))
+            await self.steps.call(commit)
         except BatonError as error:
             raise TransferError(TransferCode.EXPIRED, error.message) from error
-        self._expected.pop(active.id, None)
-        active.session.send([_arrival(active, report)])
+
+    def _on_committed(self, expected: _Expected, report: TransferReport) -> None:
+        active = expected.active
+        if self._expected.get(active.id) is expected:
+            del self._expected[active.id]
+            active.session.send([_arrival(active, report)])
+        else:  # given up while the step thread was at it; the agent no longer gives such a handoff up
+            self.steps.post(lambda scheduler: scheduler.abort(active.id))
 
     async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
         """The handoff failed. The slots are free once no write can land in them."""

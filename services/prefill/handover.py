@@ -14,6 +14,7 @@ from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.identity import WorkerIdentity
 from baton.kvtransfer.messages import FirstToken
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
+from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import SampledToken
 from baton.services.core.scheduler.base import RequestUpdate
 from baton.services.core.scheduler.finish import ends_with_next_token
@@ -73,8 +74,14 @@ class PrefillWorker(Worker[PrefillScheduler]):
     def _on_started(self, active: ActiveRequest) -> None:
         # Not earlier: until now the prompt has only waited, and blocks reserved for it over there would wait with it.
         destination = self._destinations.get(active.id)
-        if destination is not None and destination.is_needed and destination.handoff is None:
+        if destination is None or not destination.is_needed or destination.handoff is not None:
+            return
+        try:
             destination.handoff = self.agent.open(destination.spec)
+        except ValueError:  # an earlier start of the same attempt was given up, and its handoff is not over yet
+            error = BatonError(ErrorCode.INVALID_REQUEST, f"request {active.id} was started twice")
+            self.steps.post(lambda scheduler: scheduler.abort(active.id))
+            self.fail(active, error)
 
     def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
         handoff = self._destinations[active.id].handoff
@@ -84,7 +91,7 @@ class PrefillWorker(Worker[PrefillScheduler]):
             return None
         output = active.output(update)
         if update.finished:
-            self._end(active)
+            self.forget(active)
             if handoff is not None:
                 self.spawn(handoff.abort("the first token was the last"), name=f"abort-{active.id}")  # then _on_done
         else:
@@ -101,13 +108,13 @@ class PrefillWorker(Worker[PrefillScheduler]):
             await handoff.commit(first_token)
         except TransferError:
             return  # told of by _on_done
-        if self._end(active):
+        if self.forget(active):
             handed_over = pb.RequestOutput(request_id=active.request_id, attempt=active.attempt, handed_over=True)
             active.session.send([handed_over])
 
     def _on_done(self, active: ActiveRequest, error: TransferError | None) -> None:
         """The handoff is over, once, and nothing reads the blocks any more: the transfer lets go of them."""
-        if error is not None and self._end(active):
+        if error is not None and self.forget(active):
             log.warning("handoff failed", request_id=active.request_id, attempt=active.attempt, cause=str(error))
             active.session.send([active.failure(to_baton_error(error))])
             self.steps.post(lambda scheduler: scheduler.abort(active.id))
@@ -125,7 +132,7 @@ class PrefillWorker(Worker[PrefillScheduler]):
 
     def _give_up(self, active: ActiveRequest, reason: str) -> None:
         destination = self._destinations.get(active.id)
-        self._end(active)
+        self.forget(active)
         self.steps.post(lambda scheduler: scheduler.abort(active.id))
         if destination is not None and destination.handoff is not None:
             self.spawn(destination.handoff.abort(reason), name=f"abort-{active.id}")
@@ -133,6 +140,6 @@ class PrefillWorker(Worker[PrefillScheduler]):
             # Its first step may be under way, and have blocks to report to a handoff that will now never be.
             self.steps.post(lambda scheduler: scheduler.release(active.id))
 
-    def _end(self, active: ActiveRequest) -> bool:
+    def forget(self, active: ActiveRequest) -> bool:
         self._destinations.pop(active.id, None)
-        return self.forget(active)
+        return super().forget(active)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenLogprobs
 from baton.services.core.router import Role
+
+# The limits of common.proto.
+MAX_REQUEST_ID_CHARS = 128
+MAX_LOGPROBS = 20
+_MAX_INT32 = 2**31 - 1  # what the sampling kernels count in
 
 _FINISH_TO_WIRE = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -90,18 +98,14 @@ def sampling_from_wire(wire: pb.SamplingParams) -> SamplingParams:
 
 
 def request_from_wire(spec: pb.GenerationSpec, now_s: float, vocab_size: int) -> Request:
-    """The scheduler's request. Raises BatonError(INVALID_REQUEST) for what no gateway of ours sends."""
-    _check(bool(spec.request_id) and len(spec.request_id) <= 160, "request_id", "1 to 160 characters")
+    """The scheduler's request. Raises BatonError(INVALID_REQUEST) for what no gateway of ours sends: a value that fails
+    in the engine would fail every other request of its batch."""
+    _check(1 <= len(spec.request_id) <= MAX_REQUEST_ID_CHARS, "request_id", f"1 to {MAX_REQUEST_ID_CHARS} characters")
     _check(spec.attempt >= 1, "attempt", "at least 1")
     _check(1 <= spec.num_prompt_tokens <= len(spec.token_ids), "num_prompt_tokens", "1 to the number of token_ids")
     _check(max(spec.token_ids) < vocab_size, "token_ids", f"each below the vocabulary size, {vocab_size}")
     sampling = sampling_from_wire(spec.sampling)
-    _check(sampling.max_tokens >= 1, "sampling.max_tokens", "at least 1")
-    _check(sampling.temperature >= 0.0, "sampling.temperature", "at least 0")
-    _check(0.0 < sampling.top_p <= 1.0, "sampling.top_p", "above 0, at most 1")
-    _check(0.0 <= sampling.min_p <= 1.0, "sampling.min_p", "0 to 1")
-    _check(sampling.repetition_penalty > 0.0, "sampling.repetition_penalty", "above 0")
-    _check(all(0 <= token < vocab_size for token, _ in sampling.logit_bias), "sampling.logit_bias", "known token ids")
+    _check_sampling(sampling, vocab_size)
     return Request(
         request_id=spec.request_id,
         attempt=spec.attempt,
@@ -112,6 +116,27 @@ def request_from_wire(spec: pb.GenerationSpec, now_s: float, vocab_size: int) ->
         arrival_s=now_s,
         deadline_s=now_s + spec.deadline_ms / 1e3 if spec.deadline_ms else None,
     )
+
+
+def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
+    """The ranges of common.proto. No comparison holds for NaN, so all of them refuse it."""
+    _check(params.max_tokens >= 1, "sampling.max_tokens", "at least 1")
+    _check(params.min_tokens <= params.max_tokens, "sampling.min_tokens", "at most max_tokens")
+    _check(0.0 <= params.temperature <= 2.0, "sampling.temperature", "0 to 2")
+    _check(params.top_k <= _MAX_INT32, "sampling.top_k", f"at most {_MAX_INT32}")
+    _check(0.0 < params.top_p <= 1.0, "sampling.top_p", "above 0, at most 1")
+    _check(0.0 <= params.min_p <= 1.0, "sampling.min_p", "0 to 1")
+    _check(-2.0 <= params.presence_penalty <= 2.0, "sampling.presence_penalty", "-2 to 2")
+    _check(-2.0 <= params.frequency_penalty <= 2.0, "sampling.frequency_penalty", "-2 to 2")
+    _check(0.0 < params.repetition_penalty < math.inf, "sampling.repetition_penalty", "above 0 and finite")
+    _check(_are_known((token for token, _ in params.logit_bias), vocab_size), "sampling.logit_bias", "known token ids")
+    _check(all(-100.0 <= bias <= 100.0 for _, bias in params.logit_bias), "sampling.logit_bias", "-100 to 100")
+    for field, count in (("num_logprobs", params.num_logprobs), ("num_prompt_logprobs", params.num_prompt_logprobs)):
+        _check((count or 0) <= MAX_LOGPROBS, f"sampling.{field}", f"at most {MAX_LOGPROBS}")
+
+
+def _are_known(token_ids: Iterable[int], vocab_size: int) -> bool:
+    return all(0 <= token_id < vocab_size for token_id in token_ids)
 
 
 def _check(holds: bool, field: str, expected: str) -> None:

@@ -11,6 +11,8 @@ from baton.services.runtime.bus import Bus
 from baton.services.runtime.subjects import Subjects
 
 ANNOUNCE_EVERY_S = 1.0
+# Changes of state are told at once, but not more often than this.
+MIN_PAUSE_S = 0.1
 # 16-byte names; well below NATS's usual payload limit of 1 MiB.
 MAX_NAMES_PER_MESSAGE = 16_384
 
@@ -25,19 +27,22 @@ class Announcer:
         identity: pb.WorkerIdentity,
         *,
         status: Callable[[], pb.WorkerStatus],
-        block_names: Callable[[], asyncio.Future[Sequence[bytes]]],
+        collect_names: Callable[[Callable[[Sequence[bytes]], None]], None],
     ) -> None:
-        """``block_names`` collects the names of all blocks that the pool could reuse now, for a snapshot."""
+        """``collect_names`` calls back with the names of all blocks that the pool could reuse then, for a snapshot: after
+        every change that was told before, and before every later one."""
         self._bus = bus
         self._subjects = subjects
         self._identity = identity
         self._status = status
-        self._block_names = block_names
+        self._collect_names = collect_names
         self._sequence = 0
         self._kv_sequence = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._announced_s = 0.0
+        self._soon: asyncio.TimerHandle | None = None
+        self._has_left = False
         bus.subscribe(subjects.discover, lambda subject, payload: self.announce())
-        bus.subscribe(subjects.kv_snapshot(identity.worker_id), lambda subject, payload: self._start_snapshot())
+        bus.subscribe(subjects.kv_snapshot(identity.worker_id), lambda subject, payload: self._send_snapshot())
 
     @property
     def kv_sequence(self) -> int:
@@ -50,7 +55,21 @@ class Announcer:
             self.announce()
             await asyncio.sleep(ANNOUNCE_EVERY_S)
 
+    def announce_soon(self) -> None:
+        """The state has changed. Of several changes in a short time one announcement tells."""
+        if self._soon is None:
+            loop = asyncio.get_running_loop()
+            self._soon = loop.call_at(max(loop.time(), self._announced_s + MIN_PAUSE_S), self.announce)
+
     def announce(self, *, leaving: bool = False) -> None:
+        """``leaving``: for the last time. What is announced later would bring the worker back."""
+        if self._has_left:
+            return
+        self._has_left = leaving
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        self._announced_s = asyncio.get_running_loop().time()
         self._sequence += 1
         announcement = events_pb2.WorkerAnnouncement(status=self._status(), sequence=self._sequence, leaving=leaving)
         self._bus.publish(self._subjects.worker(self._identity.worker_id), announcement.SerializeToString())
@@ -63,15 +82,12 @@ class Announcer:
 
     def _introduce(self) -> None:
         self.announce()
-        self._start_snapshot()
+        self._send_snapshot()
 
-    def _start_snapshot(self) -> None:
-        task = asyncio.ensure_future(self._publish_snapshot())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _send_snapshot(self) -> None:
+        self._collect_names(self._publish_snapshot)
 
-    async def _publish_snapshot(self) -> None:
-        names = await self._block_names()
+    def _publish_snapshot(self, names: Sequence[bytes]) -> None:
         self._publish_kv(names[:MAX_NAMES_PER_MESSAGE], (), snapshot=True)
         self.blocks_changed(names[MAX_NAMES_PER_MESSAGE:], ())
 

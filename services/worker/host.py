@@ -8,7 +8,8 @@ import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -64,13 +65,15 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self.settings = settings
         self.worker: WorkerT | None = None
         self._load = load or self._load_model
-        self._bus = bus or self._make_bus()
+        self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
+        if bus is None:
+            bus = self._make_bus()
+            self._stack.push_async_callback(bus.close)
+        self._bus = bus
         self._health = Health()
-        self._tasks: list[asyncio.Task[None]] = []
         worker_id = settings.worker_id or f"{settings.role}-{secrets.token_hex(4)}"
         self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=uuid.uuid4().hex)
         self._report: PoolReport | None = None
-        self._is_started = False
 
     @abstractmethod
     def make_worker(self, parts: WorkerParts, on_turn: Callable[[Any, float], None]) -> WorkerT:
@@ -85,9 +88,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
         """Adds the role's gRPC service and returns its full name."""
 
     async def start(self) -> None:
-        settings = self.settings
+        settings, stack = self.settings, self._stack
         # Before the weights: a port that is taken should be told of at once.
-        server = self._server = runtime_grpc.create_server()
+        server = runtime_grpc.create_server()
         self._port = runtime_grpc.bind_server(server, settings.host, settings.port)
         loaded = await asyncio.to_thread(self._load)
         shape = KVCacheShape.of(loaded.config, settings.block_size, loaded.dtype)
@@ -98,6 +101,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         )
         self._compatibility = Compatibility(loaded.fingerprint, self._layout)
         engine, self._memory = await asyncio.to_thread(self._lay_out, loaded, num_blocks, shape.block_bytes)
+        stack.callback(self._memory.close)
         pool = self._pool = BlockPool(num_blocks, settings.block_size)
         parts = WorkerParts(
             identity=self.identity,
@@ -113,13 +117,17 @@ class WorkerHost(ABC, Generic[WorkerT]):
             Subjects(settings.cluster),
             self.identity,
             status=self._status,
-            block_names=lambda: asyncio.ensure_future(self._block_names()),
+            collect_names=self._collect_names,
         )
         watch = PoolWatch(
             pool, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
         )
         worker = self.worker = self.make_worker(parts, watch.on_turn)
         agent = self._agent = worker.agent = self._make_agent(worker)
+        worker.steps.start()
+        stack.push_async_callback(worker.steps.stop)
+        stack.push_async_callback(server.stop, 0.5)
+        stack.push_async_callback(agent.close)
         try:
             await agent.start()
         except TransferError as error:
@@ -128,13 +136,14 @@ class WorkerHost(ABC, Generic[WorkerT]):
         names = [*self.add_servicer(server, worker), *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR)]
         self._health.add_to(server)
         runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
-        worker.steps.start()
+        await self.status()  # so that the first announcement knows the pool
+        stack.push_async_callback(worker.stop_requests)
         await server.start()
-        self._is_started = True
         self._health.set_ready()
-        self._tasks.append(asyncio.create_task(self._announcer.run(), name="announce"))
+        self._run_until_stop(self._announcer.run(), "announce")
         await self._bus.start()
-        self._tasks.append(asyncio.create_task(self._watch_steps(worker), name="watch-steps"))
+        self._run_until_stop(self._watch_steps(worker), "watch-steps")
+        stack.callback(lambda: self._announcer.announce(leaving=True))
         log.info(
             "worker ready",
             worker_id=self.identity.worker_id,
@@ -223,27 +232,20 @@ class WorkerHost(ABC, Generic[WorkerT]):
         await self.worker.drain()
 
     async def drain_within(self, timeout_s: float) -> int:
-        """Drains on somebody's request; returns how many requests were left when the time was over."""
+        """Drains on somebody's request; returns how many requests were given up because the time was over."""
         assert self.worker is not None
         try:
             async with asyncio.timeout(timeout_s or self.settings.drain_timeout_s):
                 await self.drain()
         except TimeoutError:
-            return self.worker.num_active
+            return await self.worker.stop_requests()
         return 0
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        if self._is_started:
-            assert self.worker is not None
-            self._announcer.announce(leaving=True)
-            await self.worker.stop_requests()
-            await self._agent.close()
-            await self._server.stop(grace=0.5)
-            await self.worker.steps.stop()
-            self._memory.close()
-        await self._bus.close()
+        await self._stack.aclose()
+
+    def _run_until_stop(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._stack.callback(asyncio.create_task(work, name=name).cancel)
 
     async def status(self) -> pb.WorkerStatus:
         """The worker as it is now, not as it was at the last report."""
@@ -253,12 +255,16 @@ class WorkerHost(ABC, Generic[WorkerT]):
         )
         return self._status()
 
-    async def _block_names(self) -> Sequence[bytes]:
+    def _collect_names(self, take: Callable[[Sequence[bytes]], None]) -> None:
         assert self.worker is not None
-        return await self.worker.steps.call(lambda scheduler: self._pool.names())
+        steps = self.worker.steps
+        steps.post(lambda scheduler: steps.tell(take, self._pool.names()))
 
     def _on_report(self, report: PoolReport) -> None:
+        was_idle = self._report is not None and self._report.is_idle
         self._report = report
+        if report.is_idle != was_idle:
+            self._announcer.announce_soon()
 
     async def _watch_steps(self, worker: WorkerT) -> None:
         """A step loop that makes no progress makes the worker not serving: whoever watches health restarts it."""

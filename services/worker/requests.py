@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError
@@ -25,10 +25,6 @@ class ActiveRequest:
     request_id: str
     attempt: int
     request: Request
-    num_prompt_tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.num_prompt_tokens = self.request.num_prompt_tokens
 
     @property
     def id(self) -> str:
@@ -56,9 +52,14 @@ class ActiveRequest:
         return output
 
     def failure(self, error: BatonError) -> pb.RequestOutput:
-        return pb.RequestOutput(
-            request_id=self.request_id,
-            attempt=self.attempt,
-            finish_reason=pb.FINISH_REASON_ERROR,
-            error=convert.error_to_wire(error),
-        )
+        return failure_output(self.request_id, self.attempt, error)
+
+
+def failure_output(request_id: str, attempt: int, error: BatonError) -> pb.RequestOutput:
+    """The last word on a request that failed, or that was never taken in."""
+    return pb.RequestOutput(
+        request_id=request_id,
+        attempt=attempt,
+        finish_reason=pb.FINISH_REASON_ERROR,
+        error=convert.error_to_wire(error),
+    )

@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
+from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import Request
 from baton.services.core.scheduler.base import (
     RequestUpdate,
@@ -32,6 +33,10 @@ Result = TypeVar("Result")
 
 # An engine that fails this many steps in a row is broken, not unlucky.
 MAX_FAILED_STEPS = 3
+# Deadlines and leases are looked at this often when nothing else happens.
+_IDLE_WAKE_S = 0.25
+# Less than the process gives its service to stop.
+_STOP_TIMEOUT_S = 8.0
 
 
 class StepEngine(Protocol):
@@ -68,7 +73,8 @@ class StepLoop(Generic[SchedulerT]):
         on_broken: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``on_events`` and ``on_broken`` run on the event loop, ``on_turn`` on the step thread before every step."""
+        """``on_events`` and ``on_broken`` run on the event loop; ``on_turn`` on the step thread, before every step and when
+        there is nothing (more) to do."""
         self._scheduler = scheduler
         self._engine = engine
         self._loop = loop
@@ -78,7 +84,9 @@ class StepLoop(Generic[SchedulerT]):
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
-        self._is_stopping = False
+        self._is_closed = False  # the event loop's: nothing is taken any more
+        self._is_stopping = False  # the step thread's
+        self._is_broken = False
         self._num_failed_steps = 0
         self.progress_s = clock()  # when the thread last got somewhere, or had nothing to do
 
@@ -86,9 +94,10 @@ class StepLoop(Generic[SchedulerT]):
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after the step that it is in."""
+        """Ends the thread after the step that it is in and the calls that came before. A stuck one is left behind."""
+        self._is_closed = True
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
 
     def post(self, function: Callable[[SchedulerT], object]) -> None:
         """Runs ``function`` on the step thread before the next step. An exception is logged."""
@@ -102,61 +111,88 @@ class StepLoop(Generic[SchedulerT]):
         self._inbox.put(run)
 
     async def call(self, function: Callable[[SchedulerT], Result]) -> Result:
-        """Runs ``function`` on the step thread before the next step and returns, or raises, what it does."""
+        """Runs ``function`` on the step thread before the next step and returns, or raises, what it does.
+
+        The events of a step that follows may be told before the caller goes on. Where that matters, see ``tell``.
+        """
+        if self._is_closed:
+            raise BatonError(ErrorCode.DRAINING, "the worker is stopping", retryable=True)
         future: asyncio.Future[Result] = self._loop.create_future()
 
         def run() -> None:
             try:
                 outcome = function(self._scheduler)
-            except BaseException as error:
-                self._tell(_set_exception, future, error)
+            except Exception as error:
+                self.tell(_set_exception, future, error)
             else:
-                self._tell(_set_result, future, outcome)
+                self.tell(_set_result, future, outcome)
 
         self._inbox.put(run)
         return await future
+
+    def tell(self, function: Callable[..., object], *arguments: Any) -> None:
+        """From the step thread: runs ``function`` on the event loop, after everything that was told before and before
+        everything that is told later, the events of the next step among it."""
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            self._is_stopping = True
 
     def _run(self) -> None:
         while not self._is_stopping:
             self._take_calls()
             now_s = self.progress_s = self._clock()
-            self._on_turn(self._scheduler, now_s)
-            if not self._is_stopping and self._scheduler.has_work:
-                self._step(now_s)
+            try:
+                self._on_turn(self._scheduler, now_s)
+                must_wait = self._is_broken or not self._scheduler.has_work or not self._step(now_s)
+            except Exception as error:
+                # Not the engine: what is known of the blocks cannot be trusted any more. Calls are answered until the end.
+                if not self._is_broken:
+                    log.error("the step thread failed", exc_info=error)
+                self._break(f"{type(error).__name__} outside the engine")
+                must_wait = True
+            if must_wait and not self._is_stopping:
+                self._wait_for_call()
 
     def _take_calls(self) -> None:
-        """Runs the calls that came in; waits for one when there is nothing else to do."""
-        must_wait = not self._scheduler.has_work
-        while True:
+        """Runs the calls that came in."""
+        while not self._is_stopping:
             try:
-                call = self._inbox.get(block=must_wait, timeout=_IDLE_WAKE_S if must_wait else None)
+                self._take(self._inbox.get_nowait())
             except queue.Empty:
                 return
-            if call is None:
-                self._is_stopping = True
-                return
-            call()
-            must_wait = False
 
-    def _step(self, now_s: float) -> None:
+    def _wait_for_call(self) -> None:
+        """Nothing runs: what ends the wait for room or for a transfer comes as a call, or is a deadline."""
+        try:
+            self._take(self._inbox.get(timeout=_IDLE_WAKE_S))
+        except queue.Empty:
+            return
+
+    def _take(self, call: Callable[[], None] | None) -> None:
+        if call is None:
+            self._is_stopping = True
+        else:
+            call()
+
+    def _step(self, now_s: float) -> bool:
+        """Runs one step. False when there was nothing to compute."""
         output = self._scheduler.schedule(now_s)
         started = [item.request for item in output.scheduled if item.request.first_scheduled_s == now_s]
         if started or output.granted or output.expired:
-            self._tell(self._on_events, StepEvents(started, output.granted, output.expired))
+            self.tell(self._on_events, StepEvents(started, output.granted, output.expired))
         if not output.scheduled:
-            # Waiting for room or for a transfer: what ends the wait comes as a call, or is a deadline.
-            self._wait_for_call()
-            return
+            return False
         num_prompt_tokens = sum(_num_prompt_tokens(item) for item in output.scheduled)
         try:
             result = self._engine.step(output.scheduled)
         except Exception as error:
             self._fail(output, error)
-            return
+            return True
         self._num_failed_steps = 0
         end_s = self._clock()
         updates = self._scheduler.update(output, result, end_s)
-        self._tell(
+        self.tell(
             self._on_events,
             StepEvents(
                 updates=updates,
@@ -165,16 +201,7 @@ class StepLoop(Generic[SchedulerT]):
                 num_sampled=len(result.sampled),
             ),
         )
-
-    def _wait_for_call(self) -> None:
-        try:
-            call = self._inbox.get(timeout=_IDLE_WAKE_S)
-        except queue.Empty:
-            return
-        if call is None:
-            self._is_stopping = True
-        else:
-            call()
+        return True
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
         """A step that raised: its requests fail, the others go on. After several in a row the worker gives up."""
@@ -182,20 +209,16 @@ class StepLoop(Generic[SchedulerT]):
         failed = [(item.request, f"the engine failed: {type(error).__name__}") for item in output.scheduled]
         for request, _ in failed:
             self._scheduler.abort(request.request_id)
-        self._tell(self._on_events, StepEvents(failed=failed))
+        self.tell(self._on_events, StepEvents(failed=failed))
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
-            self._tell(self._on_broken, f"{self._num_failed_steps} engine steps in a row failed")
+            self._break(f"{self._num_failed_steps} engine steps in a row failed")
 
-    def _tell(self, function: Callable[..., object], *arguments: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: nobody is left to be told
-            self._is_stopping = True
-
-
-# Deadlines and leases are looked at this often when nothing else happens.
-_IDLE_WAKE_S = 0.25
+    def _break(self, reason: str) -> None:
+        """No further step: somebody ends the process."""
+        if not self._is_broken:
+            self._is_broken = True
+            self.tell(self._on_broken, reason)
 
 
 def _num_prompt_tokens(item: ScheduledRequest) -> int:

@@ -14,9 +14,10 @@ from baton.kvtransfer.agent import TransferAgent
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import Request
 from baton.services.core.scheduler.base import RequestUpdate, Reservation
+from baton.services.core.scheduler.finish import check_can_be_served
 from baton.services.runtime import convert
 from baton.services.worker.parts import WorkerParts
-from baton.services.worker.requests import ActiveRequest, scheduler_id
+from baton.services.worker.requests import ActiveRequest, failure_output, scheduler_id
 from baton.services.worker.session import Session
 from baton.services.worker.step_loop import SchedulerT, StepEvents, StepLoop
 
@@ -86,20 +87,25 @@ class Worker(ABC, Generic[SchedulerT]):
     def admit(self, session: Session, spec: pb.GenerationSpec) -> ActiveRequest | None:
         """Takes a request in. What is wrong with it goes back on the stream; the stream itself lives on."""
         try:
-            if self.is_draining:
-                raise BatonError(ErrorCode.DRAINING, "this worker is draining", retryable=True)
-            request = convert.request_from_wire(spec, self._clock(), self._parts.vocab_size)
-            request.request_id = scheduler_id(spec.request_id, spec.attempt)
-            if request.request_id in self._active:
-                raise BatonError(ErrorCode.INVALID_REQUEST, f"request {request.request_id} is already running")
+            request = self._check(spec)
         except BatonError as error:
-            refused = Request(spec.request_id, spec.attempt, [0], 1, convert.sampling_from_wire(spec.sampling))
-            session.send([ActiveRequest(session, spec.request_id, spec.attempt, refused).failure(error)])
+            session.send([failure_output(spec.request_id, spec.attempt, error)])
             return None
         active = ActiveRequest(session, spec.request_id, spec.attempt, request)
         self._active[active.id] = active
         self._emptied.clear()
         return active
+
+    def _check(self, spec: pb.GenerationSpec) -> Request:
+        if self.is_draining:
+            raise BatonError(ErrorCode.DRAINING, "this worker is draining", retryable=True)
+        request = convert.request_from_wire(spec, self._clock(), self._parts.vocab_size)
+        request.request_id = scheduler_id(spec.request_id, spec.attempt)
+        if request.request_id in self._active:
+            raise BatonError(ErrorCode.INVALID_REQUEST, f"request {request.request_id} is already running")
+        # The scheduler checks again; but names of blocks are not computed for what is far too long anyway.
+        check_can_be_served(request, self._parts.pool, self.limits.max_model_len, request.num_tokens)
+        return request
 
     def block_names(self, request: Request) -> list[bytes]:
         """Names of the blocks of the request's tokens."""
@@ -211,15 +217,16 @@ class Worker(ABC, Generic[SchedulerT]):
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def stop_requests(self) -> None:
-        """Gives up what is left, and returns when the peers know."""
+    async def stop_requests(self) -> int:
+        """Gives up what is left and returns, when the peers know, how many requests that were."""
         self.is_draining = True
-        for active in list(self._active.values()):
-            active.session.send(
-                [active.failure(BatonError(ErrorCode.DRAINING, "the worker is stopping", retryable=True))]
-            )
-            self._give_up(active, "the worker is stopping")
+        left = list(self._active.values())
+        for active in left:
+            error = BatonError(ErrorCode.DRAINING, "the worker is stopping", retryable=True)
+            active.session.send([active.failure(error)])
+            self._give_up(active, error.message)
         await self._settle()
+        return len(left)
 
 
 class Speed:
