@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from baton.services.local.child import Child, ChildSpec, baton_argv
 from baton.services.local.gateway_client import GatewayClient
 from baton.services.local.nats_server import NatsServer
 from baton.services.local.options import flags_for
+from baton.services.local.private_directory import PrivateDirectory
 from baton.services.runtime.net import free_port
 from baton.services.runtime.settings import GatewaySettings, ServeSettings, WorkerSettings
 
@@ -31,12 +31,12 @@ class LocalCluster:
         self.settings = settings.model_copy(
             update={"port": settings.port or free_port(host), "grpc_port": settings.grpc_port or free_port(host)}
         )
-        self._directory = tempfile.TemporaryDirectory(prefix="baton-")  # readable by this user only
-        self.directory = Path(self._directory.name)
+        self._directory = PrivateDirectory()
+        self.directory = self._directory.path
         api_keys = settings.api_keys()
-        self._nats_token = self._secret_file("nats-token", secrets.token_hex(32).encode())
-        self._block_key = self._secret_file("block-key", secrets.token_bytes(_BLOCK_KEY_BYTES))
-        self._api_keys = self._secret_file("api-keys", "\n".join(api_keys).encode()) if api_keys else None
+        self._nats_token = self._directory.write_secret("nats-token", secrets.token_hex(32).encode())
+        self._block_key = self._directory.write_secret("block-key", secrets.token_bytes(_BLOCK_KEY_BYTES))
+        self._api_keys = self._directory.write_secret("api-keys", "\n".join(api_keys).encode()) if api_keys else None
         self._argv = argv
         self.nats = NatsServer(self.directory, self._nats_token)
         self.workers: list[Child] = []
@@ -68,7 +68,7 @@ class LocalCluster:
         return [*self.workers, *([self.gateway] if self.gateway is not None else [])]
 
     def remove_files(self) -> None:
-        self._directory.cleanup()
+        self._directory.remove()
 
     def _worker(self, worker_id: str) -> ChildSpec:
         role = worker_id.rpartition("-")[0]
@@ -98,12 +98,6 @@ class LocalCluster:
             "nats_token_file": self._nats_token,
             "block_key_file": self._block_key,
         }
-
-    def _secret_file(self, name: str, content: bytes) -> Path:
-        path = self.directory / name
-        path.touch(mode=0o600)
-        path.write_bytes(content)
-        return path
 
 
 def num_cores() -> int:

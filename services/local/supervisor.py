@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections import deque
 from typing import Any
 
 from baton.services.core.errors import ConfigurationError
@@ -20,8 +19,9 @@ from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, Setti
 _POLL_S = 0.1
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 10.0
-# A process that dies more often has a cause that starting it again does not cure.
-_MAX_RESTARTS_PER_MINUTE = 5
+# A process that dies within a minute of its start, again and again, has a cause that starting it does not cure.
+_SHORT_LIFE_S = 60.0
+_MAX_SHORT_LIVES = 5
 # When one process refuses its settings, the others may be about to find more that is wrong.
 _MORE_PROBLEMS_S = 1.0
 # Beyond its own drain time: closing, and the interpreter's end.
@@ -119,20 +119,23 @@ class Supervisor:
 
     async def _keep(self, child: Child) -> None:
         """Starts ``child`` again whenever it ends, unless it refused its settings or dies too often."""
-        restarts: deque[float] = deque(maxlen=_MAX_RESTARTS_PER_MINUTE)
+        num_short_lives = 0
         while True:
+            started_s = time.monotonic()
             status = await child.wait()
             if status == EXIT_BAD_CONFIGURATION:
                 await asyncio.sleep(_MORE_PROBLEMS_S)
                 self._fail(SettingsError(self._problems() or [f"{child.name} refused to start"]))
                 return
-            now = time.monotonic()
-            if len(restarts) == restarts.maxlen and now - restarts[0] < 60:
-                self._fail(ClusterFailed(f"{child.name} {_ended(status)} {len(restarts) + 1} times within a minute"))
+            num_short_lives = num_short_lives + 1 if time.monotonic() - started_s < _SHORT_LIFE_S else 0
+            if num_short_lives > _MAX_SHORT_LIVES:
+                self._fail(
+                    ClusterFailed(
+                        f"{child.name} {_ended(status)}, {num_short_lives} times within a minute of its start"
+                    )
+                )
                 return
-            recent = sum(1 for at_s in restarts if now - at_s < 60)
-            backoff_s = min(_FIRST_BACKOFF_S * 2**recent, _MAX_BACKOFF_S)
-            restarts.append(now)
+            backoff_s = min(_FIRST_BACKOFF_S * 2 ** max(0, num_short_lives - 1), _MAX_BACKOFF_S)
             self.say(f"{child.name} {_ended(status)}; starting it again in {backoff_s:.1f} s")
             await asyncio.sleep(backoff_s)
             await child.start()
@@ -144,7 +147,7 @@ class Supervisor:
         while True:
             started_s = time.monotonic()
             status = await nats.child.wait()
-            if time.monotonic() - started_s > 60:
+            if time.monotonic() - started_s > _SHORT_LIFE_S:
                 backoff_s = _FIRST_BACKOFF_S
             self.say(f"NATS {_ended(status)}; serving goes on; starting it again in {backoff_s:.1f} s")
             await asyncio.sleep(backoff_s)

@@ -162,7 +162,7 @@ def test_a_worker_that_always_dies_ends_it_with_words(
 ) -> None:
     serving = serve({"prefill-0": "crash"})
     assert serving.status() == 1
-    assert "prefill-0 ended with status 1 6 times within a minute; stopping" in serving.err()
+    assert "prefill-0 ended with status 1, 6 times within a minute of its start; stopping" in serving.err()
 
 
 def test_what_all_children_refuse_is_said_once_with_status_2(serve: Callable[..., Serving]) -> None:
