@@ -11,8 +11,6 @@ import typer
 
 from baton.load.report import Row, environment, print_table, write_json
 
-_DEMO_MODEL = Path(__file__).parent.parent / "services" / "local" / "demo_model"
-
 
 def _transfer() -> list[Row]:
     from baton.load.bench_transfer import bench_transfer
@@ -29,7 +27,7 @@ def _engine() -> list[Row]:
 def _interference() -> list[Row]:
     from baton.load.bench_interference import bench_interference
 
-    return bench_interference(_DEMO_MODEL)
+    return bench_interference()
 
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
@@ -60,4 +58,6 @@ def main(
 if __name__ == "__main__":
     # Benchmarks choose their own threads; what is set for tests must not slow them down.
     os.environ.pop("OMP_NUM_THREADS", None)
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

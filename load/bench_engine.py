@@ -68,6 +68,16 @@ def make_model_folder(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path
     return folder
 
 
+def write_tokenizer(folder: Path) -> None:
+    """One word for each id, so that every token that a random model draws is text in a stream."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(49152)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
 def num_parameters() -> tuple[int, int]:
     """(weights that every token is multiplied with, those of the output layer, which only sampled tokens need)."""
     per_layer = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536
