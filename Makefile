@@ -76,7 +76,7 @@ bench: $(VENV)/.dev ## benchmarks: a table, and JSON in bench-results/
 	$(BIN)/python -P -m baton.load.bench $(ARGS)
 
 gpu-check: $(VENV)/.dev ## the kernel tests that need a CUDA GPU
-	$(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)
 
 proto: $(VENV)/.dev ## generate proto/gen/ from proto/baton/
 	PYTHON=$(BIN)/python proto/generate.sh
