@@ -26,13 +26,12 @@ class Discovery:
         self._gateway = gateway
         self._registry = registry
         self._prefix_index = prefix_index
-        self._asked_for_snapshot: set[str] = set()
+        self._incomplete: set[str] = set()  # workers whose events were missed, until their snapshot comes
         bus.subscribe(subjects.all_workers, self._on_announcement)
         bus.subscribe(subjects.all_kv, self._on_kv_events)
         bus.on_connect(self._on_connect)
 
     def _on_connect(self) -> None:
-        self._asked_for_snapshot.clear()
         request = events_pb2.DiscoverRequest(gateway=self._gateway)
         self._bus.publish(self._subjects.discover, request.SerializeToString())
 
@@ -46,7 +45,15 @@ class Discovery:
         if subject != self._subjects.worker(announcement.status.identity.worker_id):
             log.warning("ignored an announcement on another worker's subject", subject=subject)
             return
-        self._registry.heard(announcement.status, leaving=announcement.leaving)
+        status = announcement.status
+        worker_id = status.identity.worker_id
+        known = self._registry.get(worker_id)
+        is_new = known is None or known.link.incarnation != status.identity.incarnation
+        self._registry.heard(status, leaving=announcement.leaving)
+        if announcement.leaving or self._registry.get(worker_id) is None:
+            self._incomplete.discard(worker_id)
+        elif worker_id in self._incomplete or (is_new and status.kv_event_seq):
+            self._ask_for_snapshot(worker_id)  # again, where the last question or its answer was lost
 
     def _on_kv_events(self, subject: str, payload: bytes) -> None:
         events = events_pb2.KVEvents()
@@ -67,9 +74,12 @@ class Discovery:
             events.removed,
             snapshot=events.snapshot,
         )
-        if is_gapless:
-            self._asked_for_snapshot.discard(worker_id)
-        elif worker_id not in self._asked_for_snapshot:
-            self._asked_for_snapshot.add(worker_id)
-            request = events_pb2.KVSnapshotRequest(gateway=self._gateway)
-            self._bus.publish(self._subjects.kv_snapshot(worker_id), request.SerializeToString())
+        if events.snapshot:
+            self._incomplete.discard(worker_id)
+        elif not is_gapless and worker_id not in self._incomplete:
+            self._ask_for_snapshot(worker_id)
+
+    def _ask_for_snapshot(self, worker_id: str) -> None:
+        self._incomplete.add(worker_id)
+        request = events_pb2.KVSnapshotRequest(gateway=self._gateway)
+        self._bus.publish(self._subjects.kv_snapshot(worker_id), request.SerializeToString())

@@ -27,8 +27,11 @@ from baton.services.runtime import convert
 
 log = structlog.get_logger(__name__)
 
-# The ladder of a request: another pair, then the decode worker alone. Two workers lost to one request are enough.
+# The ladder of a request: a pair, another pair, then decode workers alone.
 MAX_ATTEMPTS = 4
+MAX_PAIR_ATTEMPTS = 2
+# A request under which so many workers died is not tried on a third.
+MAX_LOST_WORKERS = 2
 
 
 class AttemptFailed(Exception):
@@ -50,6 +53,7 @@ class _Run:
     block_names: list[bytes]
     tokens: list[int] = field(default_factory=list)
     excluded: set[str] = field(default_factory=set)
+    num_lost: int = 0  # workers whose streams broke while they had this request
 
     @property
     def spec_tokens(self) -> list[int]:
@@ -96,8 +100,9 @@ class WorkerDispatcher:
                         outcome = delta.finish_reason.value
                         self._end(record, outcome)
                     yield delta
-        except BatonError as error:
-            outcome = "refused" if error.code in (ErrorCode.NO_WORKERS, ErrorCode.OVERLOADED) else "error"
+        except Exception as error:
+            is_refused = isinstance(error, BatonError) and error.code is ErrorCode.NO_WORKERS and not record.attempts
+            outcome = "refused" if is_refused else "error"
             raise
         finally:
             self._records.pop(request.request_id, None)
@@ -117,7 +122,9 @@ class WorkerDispatcher:
         deadline_s = None if request.timeout_s is None else self._clock() + request.timeout_s
         run = _Run(request, record, deadline_s, self._block_names(request))
         while True:
-            attempt = Attempt(len(record.attempts) + 1, self._route(run))
+            number = len(record.attempts) + 1
+            placement = self._placement if number <= MAX_PAIR_ATTEMPTS else Placement.LOCAL
+            attempt = Attempt(number, self._route(run, placement))
             record.attempts.append(attempt)
             try:
                 async with aclosing(self._attempt(run, attempt)) as deltas:
@@ -132,7 +139,7 @@ class WorkerDispatcher:
                 attempt.outcome = failure.error.code.value
                 if failure.blamed is not None:
                     run.excluded.add(failure.blamed)
-                if not failure.error.retryable or attempt.number >= MAX_ATTEMPTS:
+                if not self._may_go_on(run, attempt, failure.error):
                     raise failure.error from failure
                 record.fallbacks.append(failure.error.code.value)
                 log.warning(
@@ -143,9 +150,13 @@ class WorkerDispatcher:
                     cause=failure.error.message,
                 )
 
-    def _route(self, run: _Run) -> RoutingDecision:
-        known = next(iter(self._registry), None)
-        layout = known.status.compatibility.layout if known is not None else pb.KVLayout()
+    def _may_go_on(self, run: _Run, attempt: Attempt, error: BatonError) -> bool:
+        is_in_time = run.deadline_s is None or self._clock() < run.deadline_s
+        return error.retryable and is_in_time and attempt.number < MAX_ATTEMPTS and run.num_lost < MAX_LOST_WORKERS
+
+    def _route(self, run: _Run, placement: Placement) -> RoutingDecision:
+        compatibility = self._registry.compatibility()
+        layout = pb.KVLayout() if compatibility is None else compatibility.layout
         routed = RoutedRequest(
             request_id=run.request.request_id,
             num_tokens=len(run.spec_tokens),
@@ -154,7 +165,7 @@ class WorkerDispatcher:
             cached_blocks=self._prefix_index.matches(run.block_names),
             excluded=run.excluded,
         )
-        decision = route(routed, self._registry.views(), self._placement)
+        decision = route(routed, self._registry.views(), placement)
         run.request.trace.mark(Instant.ROUTED, self._clock())
         return decision
 
@@ -166,16 +177,22 @@ class WorkerDispatcher:
         decode = self._link(chosen.decode)
         prefill = self._link(chosen.prefill) if chosen.prefill is not None else None
         sent_s = self._clock()
-        is_ended = False
+        is_ended = decode_goes_on = False
         try:
             self._start(run, attempt.number, chosen, prefill, decode, arrivals)
             order = TokenOrder(next_index=len(run.tokens))
             while not is_ended:
                 arrival = await self._next(run, arrivals)
+                if arrival.is_failure and arrival.link is prefill and decode_goes_on and order.has_begun:
+                    # It was lost, or the acknowledgement was, behind a handoff that succeeded.
+                    arrival.link.release(key, cancel=False)
+                    continue
                 if arrival.failure is not None:
+                    run.num_lost += 1
                     raise AttemptFailed(arrival.failure, arrival.link.incarnation)
                 output = arrival.output
                 assert output is not None
+                decode_goes_on = decode_goes_on or (arrival.link is decode and not arrival.is_failure)
                 self._note(run, output, sent_s, chosen.mode)
                 if output.finish_reason == pb.FINISH_REASON_ERROR:
                     raise AttemptFailed(convert.error_from_wire(output.error), arrival.link.incarnation)
@@ -240,7 +257,7 @@ class WorkerDispatcher:
             start_s = sent_s + output.prefill.queue_ms / 1e3
             trace.mark(Instant.PREFILL_START, start_s)
             trace.mark(Instant.PREFILL_END, start_s + output.prefill.prefill_ms / 1e3)
-            if len(record.attempts) == 1:
+            if not run.tokens:  # what a later attempt finds is, in part, this request's own
                 record.cached_tokens = output.prefill.cached_tokens
         if output.HasField("transfer"):
             record.transfer = output.transfer
@@ -254,10 +271,9 @@ class WorkerDispatcher:
         return known.link
 
     def _block_names(self, request: GenerationRequest) -> list[bytes]:
-        """What the workers call the prompt's blocks. Empty while no worker is known."""
-        known = next(iter(self._registry), None)
-        if known is None:
+        """What the decode workers call the prompt's blocks. Empty while no worker is known."""
+        compatibility = self._registry.compatibility()
+        if compatibility is None:
             return []
-        compatibility = known.status.compatibility
         namer = BlockNamer(self._block_key, compatibility.model_fingerprint)
         return namer.names(request.prompt_token_ids, compatibility.layout.block_size, request.cache_salt)

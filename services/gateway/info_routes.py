@@ -27,7 +27,7 @@ def info_router(deps: GatewayDeps) -> APIRouter:
         is_ready, reason = deps.ready()
         paths = ("/v1/models", "/v1/workers", "/health", "/ready", "/metrics", "/version", "/openapi.json")
         fields = {"name": "baton", "version": version("baton-llm"), "model": deps.model.name, "ready": is_ready}
-        return _json(fields | {"reason": None if is_ready else reason, "paths": paths})
+        return _json(fields | {"reason": reason or None, "paths": paths})
 
     @router.get("/v1/models")
     async def list_models() -> Response:
@@ -63,10 +63,10 @@ def info_router(deps: GatewayDeps) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """At least one usable pair can serve, or the reason why none can."""
+        """Whether requests can be served: why not, or, where a pool is missing, what is lost."""
         is_ready, reason = deps.ready()
         if is_ready:
-            return _json({"status": "ready"})
+            return _json({"status": "ready"} | ({"reason": reason} if reason else {}))
         return PublicError(503, "server_error", reason, None, "not_ready", 1.0).response()
 
     @router.get("/metrics")

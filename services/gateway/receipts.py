@@ -38,6 +38,7 @@ class GenerationRecord:
     prompt_tokens: int
     trace: Trace
     slo: SloTarget
+    is_first: bool = True  # of its response's generations: the one whose figures count for the response
     attempts: list[Attempt] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     cached_tokens: int = 0
@@ -104,6 +105,7 @@ class ReceiptBook:
         response = self._by_receipt.get(request.receipt_id)
         if response is None or response.response_id != response_id:
             response = self._by_receipt[request.receipt_id] = _Response(response_id, request.model)
+        record.is_first = not response.records
         response.records.append(record)
         self._by_receipt.move_to_end(request.receipt_id)
         while len(self._by_receipt) > self._max_receipts:

@@ -62,6 +62,7 @@ class Registry:
         self._on_heard = on_heard
         self._on_forget = on_forget
         self._workers: dict[str, KnownWorker] = {}
+        self._unanswered: set[str] = set()  # static addresses that nobody has answered from yet
 
     def __iter__(self) -> Iterator[KnownWorker]:
         return iter(self._workers.values())
@@ -72,20 +73,22 @@ class Registry:
     def heard(self, status: pb.WorkerStatus, *, leaving: bool = False) -> None:
         """Takes in what a worker says of itself. Another incarnation replaces the one before at once."""
         role = role_from_wire(status.role)
-        worker_id = status.identity.worker_id
-        if role is None or not worker_id or not status.identity.incarnation or not status.address:
-            log.warning("ignored a worker's report that lacks identity, role or address", worker_id=worker_id)
+        worker_id, incarnation = status.identity.worker_id, status.identity.incarnation
+        if role is None or not (
+            worker_id and incarnation and status.address and status.compatibility.layout.block_size
+        ):
+            log.warning("ignored a worker's report that lacks identity, role, address or layout", worker_id=worker_id)
             return
         known = self._workers.get(worker_id)
-        if known is not None and known.link.incarnation != status.identity.incarnation:
-            self._drop(known)
-            known = None
         if leaving:
-            if known is not None:
+            if known is not None and known.link.incarnation == incarnation:  # not the one that has replaced it
                 known.status.state = pb.WORKER_STATE_DRAINING
             return
+        if known is not None and known.link.incarnation != incarnation:
+            self._drop(known)
+            known = None
         if known is None:
-            link = WorkerLink(worker_id, status.identity.incarnation, role, status.address, self._gateway)
+            link = WorkerLink(worker_id, incarnation, role, status.address, self._gateway)
             known = self._workers[worker_id] = KnownWorker(status, link, self._clock())
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
@@ -100,34 +103,51 @@ class Registry:
         """The usable workers as the router sees them."""
         return [_view(known) for known in self._workers.values() if known.is_usable]
 
+    @property
+    def knows_all_static(self) -> bool:
+        """Every static address has answered once."""
+        return not self._unanswered
+
+    def compatibility(self) -> pb.Compatibility | None:
+        """Of the blocks that decode workers take: one that can be used, if there is one. None while nobody is known."""
+        ranked = sorted(
+            self._workers.values(), key=lambda known: (known.link.role is Role.PREFILL, not known.is_usable)
+        )
+        return ranked[0].status.compatibility if ranked else None
+
     def describe(self) -> list[dict[str, object]]:
         """``GET /v1/workers``."""
         return [_describe(known) for known in sorted(self._workers.values(), key=lambda known: known.link.worker_id)]
 
     async def watch_static(self, address: str, every_s: float = 1.0) -> None:
         """Asks the worker at ``address`` about itself, for set-ups without a bus. Runs until cancelled."""
+        self._unanswered.add(address)
         async with create_channel(address) as channel:
             while True:
                 try:
                     self.heard(await _ask_status(channel))
+                    self._unanswered.discard(address)
                 except (grpc.aio.AioRpcError, BatonError) as error:
                     log.debug("static worker does not answer", address=address, cause=str(error))
                 await asyncio.sleep(every_s)
 
     async def close(self) -> None:
-        for known in list(self._workers.values()):
+        """Hangs up everywhere and returns when that is done."""
+        known_workers = list(self._workers.values())
+        for known in known_workers:
             self._drop(known)
+        await asyncio.gather(*(known.task for known in known_workers if known.task), return_exceptions=True)
 
     async def _keep_linked(self, known: KnownWorker) -> None:
-        backoff_s = RECONNECT_FIRST_S
-        lost_s: float | None = None
+        backoff_s, lost_s = RECONNECT_FIRST_S, self._clock()
         while True:
             started_s = self._clock()
-            await known.link.run()
+            was_connected = await known.link.run()
             now_s = self._clock()
-            if now_s - started_s > RECONNECT_LAST_S:
-                backoff_s, lost_s = RECONNECT_FIRST_S, None
-            lost_s = now_s if lost_s is None else lost_s
+            if was_connected:
+                lost_s = now_s
+                if now_s - started_s > RECONNECT_LAST_S:
+                    backoff_s = RECONNECT_FIRST_S
             if now_s - max(lost_s, known.heard_s) > FORGET_AFTER_S or known.status.state == pb.WORKER_STATE_DRAINING:
                 self._drop(known)
                 return

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 import uuid
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import grpc
 import structlog
 import uvicorn
 
@@ -27,6 +30,7 @@ from baton.services.gateway.discovery import Discovery
 from baton.services.gateway.dispatch import WorkerDispatcher
 from baton.services.gateway.grpc_inference import InferenceServicer
 from baton.services.gateway.limits import Limits
+from baton.services.gateway.readiness import Readiness
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.served_model import ServedModel, read_generation_config
@@ -51,15 +55,18 @@ class GatewayService:
         self._identity = pb.WorkerIdentity(worker_id=f"gateway-{os.getpid()}", incarnation=uuid.uuid4().hex)
         self._prefix_index = PrefixIndex()
         self._health = Health()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._http: uvicorn.Server | None = None
+        self._readiness = Readiness(needs_pair=self._needs_pair)
+        self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
 
     async def start(self) -> None:
-        settings = self._settings
+        settings, stack = self._settings, self._stack
+        # Before the tokenizer: a port that is taken should be told of at once.
         listener = bind_listener(settings.host, settings.port)
-        self._listener = listener
+        stack.callback(listener.close)
+        grpc_server = runtime_grpc.create_server()
+        grpc_port = runtime_grpc.bind_server(grpc_server, settings.host, settings.grpc_port)
         model, tokenizer = await asyncio.to_thread(self._load_model)
-        self._tokenizer = tokenizer
+        stack.callback(tokenizer.close)
         self._registry = Registry(
             self._identity, clock=time.monotonic, on_heard=self._on_heard, on_forget=self._prefix_index.forget
         )
@@ -91,10 +98,10 @@ class GatewayService:
             on_refused=self._on_refused,
         )
         await self._start_bus()
-        await self._start_grpc()
-        self._start_http()
+        await self._start_grpc(grpc_server)
+        self._start_http(listener)
         self._health.set_ready()
-        log.info("listening", rest=listener.getsockname()[1], grpc=self._grpc_port, model=model.name)
+        log.info("listening", rest=listener.getsockname()[1], grpc=grpc_port, model=model.name)
 
     def _load_model(self) -> tuple[ServedModel, ModelTokenizer]:
         settings = self._settings
@@ -113,26 +120,28 @@ class GatewayService:
         return model, tokenizer
 
     async def _start_bus(self) -> None:
-        settings = self._settings
+        settings, stack = self._settings, self._stack
         token = settings.nats_token_file.read_text().strip() if settings.nats_token_file else None
         self._bus: Bus = (
             NatsBus(settings.nats_url, name=self._identity.worker_id, token=token) if settings.nats_url else NoBus()
         )
+        stack.push_async_callback(self._bus.close)
+        stack.push_async_callback(self._registry.close)
         Discovery(self._bus, Subjects(settings.cluster), self._identity, self._registry, self._prefix_index)
         await self._bus.start()
         for address in settings.worker:
-            self._tasks.append(asyncio.create_task(self._registry.watch_static(address), name=f"static-{address}"))
+            watch = asyncio.create_task(self._registry.watch_static(address), name=f"static-{address}")
+            stack.callback(watch.cancel)
 
-    async def _start_grpc(self) -> None:
-        server = self._grpc_server = runtime_grpc.create_server()
+    async def _start_grpc(self, server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._deps), server)
         self._health.add_to(server)
         names = runtime_grpc.service_names(inference_pb2.DESCRIPTOR)
         runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
-        self._grpc_port = runtime_grpc.bind_server(server, self._settings.host, self._settings.grpc_port)
+        self._stack.push_async_callback(server.stop, 0.5)
         await server.start()
 
-    def _start_http(self) -> None:
+    def _start_http(self, listener: socket.socket) -> None:
         config = uvicorn.Config(
             create_app(self._deps),
             log_config=None,
@@ -144,8 +153,13 @@ class GatewayService:
             # A drain waits for streams itself, and then cuts off what is left.
             timeout_graceful_shutdown=1,
         )
-        self._http = _Server(config)
-        self._http_task = asyncio.create_task(self._http.serve(sockets=[self._listener]), name="http")
+        http = _Server(config)
+        self._http_task = asyncio.create_task(http.serve(sockets=[listener]), name="http")
+        self._stack.push_async_callback(self._stop_http, http)
+
+    async def _stop_http(self, http: uvicorn.Server) -> None:
+        http.should_exit = True
+        await asyncio.gather(self._http_task, return_exceptions=True)  # its failure was told by ``wait_failed``
 
     async def wait_failed(self) -> None:
         # Whoever gives up waiting must not cancel the server with it.
@@ -158,21 +172,13 @@ class GatewayService:
             await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
-        if self._http is not None:
-            self._http.should_exit = True
-            await self._http_task
-            await self._grpc_server.stop(grace=0.5)
-            for task in self._tasks:
-                task.cancel()
-            await self._registry.close()
-            await self._bus.close()
-            self._tokenizer.close()
-        self._listener.close()
+        await self._stack.aclose()
 
     # What the rest of the gateway tells the process.
 
     def _on_heard(self) -> None:
-        """The context length that every usable worker can serve, unless the operator set one."""
+        self._readiness.check(self._registry.views())  # a pair counts as seen even when nobody asks just then
+        # The context length that every usable worker can serve, unless the operator set one.
         lengths = [status.max_model_len for status in self._registry.statuses() if status.max_model_len]
         if self._settings.max_model_len is None and lengths and min(lengths) != self._deps.model.max_model_len:
             self._deps.model = replace(self._deps.model, max_model_len=min(lengths))
@@ -180,21 +186,14 @@ class GatewayService:
     def _ready(self) -> tuple[bool, str]:
         if self._health.is_draining:
             return False, "draining"
-        views = self._registry.views()
-        if any(view.role is Role.COLOCATED for view in views):
-            return True, ""
-        prefill = {view.compatibility for view in views if view.role is Role.PREFILL}
-        decode = {view.compatibility for view in views if view.role is Role.DECODE}
-        if not decode:
-            return False, f"no decode worker is ready ({len(views)} workers are)"
-        if prefill and not prefill & decode:
-            return (
-                False,
-                "no prefill worker can exchange blocks with a decode worker: /v1/workers shows how they differ",
-            )
-        if not prefill:
-            return False, "no prefill worker is ready"
-        return True, ""
+        return self._readiness.check(self._registry.views())
+
+    def _needs_pair(self) -> bool:
+        """False when decode workers are to prefill: told so, or the workers are named one by one and none is for prefill."""
+        if Placement(self._settings.placement) is Placement.LOCAL:
+            return False
+        is_static = not self._settings.nats_url and self._registry.knows_all_static
+        return not is_static or any(known.link.role is Role.PREFILL for known in self._registry)
 
     def _render_metrics(self) -> bytes:
         self._metrics.bus_state(self._bus.is_connected, dict(self._bus.num_dropped))
@@ -216,6 +215,8 @@ class GatewayService:
             metrics.fell_back(reason)
         if record.transfer is not None:
             metrics.kv_transferred(record.transfer)
+        if not record.is_first:  # a response with several choices is one request
+            return
         if record.slo_met:
             metrics.slo_met(record.slo.slo_class)
         else:
@@ -226,8 +227,6 @@ class _Server(uvicorn.Server):
     """Signals belong to the process, not to its HTTP server."""
 
     def capture_signals(self):  # type: ignore[no-untyped-def]
-        from contextlib import nullcontext
-
         return nullcontext()
 
 

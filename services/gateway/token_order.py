@@ -16,9 +16,14 @@ class TokenOrder:
     """
 
     def __init__(self, next_index: int) -> None:
-        self._next_index = next_index
+        self._first_index = self._next_index = next_index
         self._waiting: dict[int, pb.RequestOutput] = {}
         self._ended = False
+
+    @property
+    def has_begun(self) -> bool:
+        """The first token is out."""
+        return self._next_index > self._first_index
 
     def push(self, output: pb.RequestOutput) -> list[TokenDelta]:
         """Takes in one output and returns the deltas whose turn has come."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -28,6 +29,10 @@ class Arrival:
     link: WorkerLink
     output: pb.RequestOutput | None = None
     failure: BatonError | None = None
+
+    @property
+    def is_failure(self) -> bool:
+        return self.output is None or self.output.finish_reason == pb.FINISH_REASON_ERROR
 
 
 @dataclass(slots=True)
@@ -63,18 +68,20 @@ class WorkerLink:
         """Their prompt tokens: load that the worker's last report may not know about yet."""
         return sum(request.num_tokens for request in self._open.values())
 
-    async def run(self) -> None:
-        """Holds the stream until it breaks or the task is cancelled."""
-        reason = "connection closed"
-        async with create_channel(self.address) as channel:
+    async def run(self) -> bool:
+        """Holds the stream until it breaks or the task is cancelled; False when the worker never accepted it."""
+        reason, was_connected = "connection closed", False
+        async with create_channel(self.address) as channel, AsyncExitStack() as stack:
             messages = self._messages
             call = self._stub(channel).Open()
-            hello = messages.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
-            await call.write(messages.OpenRequest(hello=hello))
-            writer = asyncio.create_task(self._write(call))
+            stack.callback(call.cancel)
             try:
-                await call.initial_metadata()  # the worker has accepted the hello
-                self.is_connected = True
+                hello = messages.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
+                await call.write(messages.OpenRequest(hello=hello))
+                await call.initial_metadata()  # the worker has accepted the hello, or refused it for good
+                if not call.done():
+                    stack.callback(asyncio.create_task(self._write(call)).cancel)
+                    self.is_connected = was_connected = True
                 async for response in call:
                     for output in response.step.outputs:
                         self._deliver(output)
@@ -82,9 +89,10 @@ class WorkerLink:
                 reason = f"{error.code().name.lower()}: {error.details() or 'no details'}"
             finally:
                 self.is_connected = False
-                writer.cancel()
-                call.cancel()
                 self._fail_all(reason)
+        if was_connected:
+            log.info("link to worker ended", worker_id=self.worker_id, reason=reason)
+        return was_connected
 
     def start(self, request: decode_pb2.Start | prefill_pb2.Start, arrivals: asyncio.Queue[Arrival]) -> None:
         """Sends a request to the worker; what it says about it goes to ``arrivals`` until ``release``."""
