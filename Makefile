@@ -51,7 +51,7 @@ test: $(VENV)/.dev ## run the whole test suite; ARGS="-k name"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev .dev/baton ## format, lint, types, layers, protocols, chart
-	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
+	@$(MAKE) --no-print-directory -k -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
 	@echo "all checks passed"
 
 check-format:
