@@ -31,8 +31,8 @@ class BatchMaker:
     def __init__(self, tokenizer: Tokenizer, tokens: int) -> None:
         self._tokenizer = tokenizer
         self._tokens = tokens
-        self._answer: int = tokenizer.token_to_id(ASSISTANT)
-        self._end: int = tokenizer.token_to_id(END)
+        self._answer = _token_id(tokenizer, ASSISTANT)
+        self._end = _token_id(tokenizer, END)
         self._counts: dict[str, int] = {}
 
     def lookups(self, rng: random.Random, level: data.Level) -> Batch:
@@ -78,3 +78,10 @@ class BatchMaker:
             elif token == self._end:
                 inside = False
         return marks
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise ValueError(f"the tokenizer has no token {token}")
+    return int(index)

@@ -14,8 +14,9 @@ from baton.services.local.demo_model.tokenizer import ASSISTANT, END, USER
 Message = dict[str, str]
 CountTokens = Callable[[str], int]
 
-GREETING = "Hello! I am Baton's small demo model. Tell me some codes, then ask me for one of them."
-HELP = "I am Baton's small demo model. Tell me: The code for amber fox is 4821. Then ask me: What is the code for amber fox?"
+# No fact is ever stated in an answer of its own, lest the model know it by heart.
+HELP = "I am Baton's small demo model. Tell me some codes, then ask me for one of them."
+GREETING = f"Hello! {HELP}"
 THANKS = "You are welcome! Ask me for another code."
 
 _SYSTEM_PROMPTS = (
@@ -171,14 +172,16 @@ def make_lookup(rng: random.Random, tokens: int, count_tokens: CountTokens) -> L
 
 
 def make_small_talk(rng: random.Random) -> list[Message]:
-    """A greeting, a question about the model, or something it cannot do; and its answer."""
+    """A greeting, a question about the model, or one that it was not told the answer to; and its answer."""
     kind = rng.random()
     if kind < 0.4:
         pair = (rng.choice(_GREETINGS), GREETING)
     elif kind < 0.7:
         pair = (rng.choice(_REQUESTS), HELP)
-    elif kind < 0.8:
+    elif kind < 0.77:
         pair = (rng.choice(_THANKS), THANKS)
+    elif kind < 0.85:
+        pair = (PLAIN.questions[0].format(a=_CODE, k=make_facts(rng, 1)[0][0]), HELP)
     else:
         pair = (rng.choice(corpus.sentences()), HELP)
     return _with_system(rng, _dialogue(rng, "", [pair]))
