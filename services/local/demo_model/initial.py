@@ -1,10 +1,10 @@
 """The weights that training starts from: random, but with the wiring of induction heads laid out.
 
 Left to chance, a model of this size had not found the circuit that looks a token up by those before it (Olsson et al.,
-"In-context Learning and Induction Heads", 2022) after 2.9 million tokens, three times the whole training. Here the first layer starts with heads that look one, two and
-three tokens back and note a sketch of what they see in dimensions that embeddings leave free; the next two layers start with
-heads that look for the place whose notes fit the current tokens, and copy the token found there. Training does the rest: what
-to look up, exactly, over long prompts, and when.
+"In-context Learning and Induction Heads", 2022) after 2.9 million tokens, three times what the whole training takes now.
+Here the first layer starts with heads that look one, two and three tokens back and note a sketch of what they see in
+dimensions that embeddings leave free; the next two layers start with heads that look for the place whose notes fit the
+current tokens, and copy the token found there. Training does the rest: what to look up, exactly, over long prompts, and when.
 """
 
 from __future__ import annotations
