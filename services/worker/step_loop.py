@@ -110,14 +110,16 @@ class StepLoop(Generic[SchedulerT]):
 
         self._inbox.put(run)
 
-    async def call(self, function: Callable[[SchedulerT], Result]) -> Result:
-        """Runs ``function`` on the step thread before the next step and returns, or raises, what it does.
+    def call(self, function: Callable[[SchedulerT], Result]) -> asyncio.Future[Result]:
+        """Runs ``function`` on the step thread before the next step; the future is what it returns, or raises.
 
-        The events of a step that follows may be told before the caller goes on. Where that matters, see ``tell``.
+        Calls and posts run in the order in which they were made, awaited or not. The events of a step that follows may be
+        told before the caller goes on. Where that matters, see ``tell``.
         """
-        if self._is_closed:
-            raise BatonError(ErrorCode.DRAINING, "the worker is stopping", retryable=True)
         future: asyncio.Future[Result] = self._loop.create_future()
+        if self._is_closed:
+            future.set_exception(BatonError(ErrorCode.DRAINING, "the worker is stopping", retryable=True))
+            return future
 
         def run() -> None:
             try:
@@ -128,7 +130,7 @@ class StepLoop(Generic[SchedulerT]):
                 self.tell(_set_result, future, outcome)
 
         self._inbox.put(run)
-        return await future
+        return future
 
     def tell(self, function: Callable[..., object], *arguments: Any) -> None:
         """From the step thread: runs ``function`` on the event loop, after everything that was told before and before

@@ -133,16 +133,15 @@ class Worker(ABC, Generic[SchedulerT]):
 
     def enqueue(self, active: ActiveRequest) -> None:
         """Queues the request with the scheduler. A refusal ends it with an error output."""
-        self.spawn(self._enqueue(active), name=f"enqueue-{active.id}")
+        # Now, not when the task begins: whoever gives the request up before that would abort what is added later.
+        added = self.steps.call(lambda scheduler: scheduler.add(active.request))
+        self.spawn(self._confirm(active, added), name=f"enqueue-{active.id}")
 
-    async def _enqueue(self, active: ActiveRequest) -> None:
+    async def _confirm(self, active: ActiveRequest, added: asyncio.Future[None]) -> None:
         try:
-            await self.steps.call(lambda scheduler: scheduler.add(active.request))
+            await added
         except BatonError as error:
             self.fail(active, error)
-        else:
-            if active.id not in self._active:  # given up while it was on its way to the step thread
-                self.steps.post(lambda scheduler: scheduler.abort(active.id))
 
     def fail(self, active: ActiveRequest, error: BatonError) -> None:
         """Ends a request with an error, here and at its gateway. Its blocks are the caller's business."""
