@@ -4,7 +4,7 @@ Every op has three implementations: a reference (``<op>_ref``, plain torch, writ
 be fast on CPU, and a Triton kernel. ``BATON_KERNELS`` chooses between them:
 
 =============  =======================================================================================
-``auto``       Triton for CUDA tensors where Triton is installed, torch for everything else (default)
+``auto``       Triton for CUDA tensors where Triton is installed and compiles, else torch (default)
 ``torch``      the torch path on every device
 ``triton``     the Triton kernels; on CPU tensors they need ``TRITON_INTERPRET=1`` before the import
 ``reference``  the references
@@ -61,7 +61,7 @@ except ImportError:
     triton = tl = None  # annotations are never evaluated, so any object serves as the language module
 
 HAS_TRITON: bool = triton is not None
-_CAN_LAUNCH = HAS_TRITON and (INTERPRETED or torch.version.cuda is not None or torch.version.hip is not None)
+_COMPILES = HAS_TRITON and not INTERPRETED and (torch.version.cuda is not None or torch.version.hip is not None)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
@@ -74,7 +74,7 @@ def _checked(name: str) -> Backend:
         backend = Backend(name)
     except ValueError:
         raise ValueError(f"BATON_KERNELS is {name!r}; expected one of {', '.join(Backend)}") from None
-    if backend is Backend.TRITON and not _CAN_LAUNCH:
+    if backend is Backend.TRITON and not (_COMPILES or (HAS_TRITON and INTERPRETED)):
         raise ValueError(
             "BATON_KERNELS is 'triton', but Triton cannot run here: it needs the triton package and a CUDA or ROCm "
             "build of torch, or TRITON_INTERPRET=1 in the environment"
@@ -108,7 +108,7 @@ def use_backend(name: str) -> Iterator[None]:
 def select(device: torch.device, *, torch_path: Op, triton_path: Op, reference: Op) -> Op:
     """The implementation to run for tensors on ``device``."""
     if _backend is Backend.AUTO:
-        return triton_path if HAS_TRITON and device.type == "cuda" else torch_path
+        return triton_path if _COMPILES and device.type == "cuda" else torch_path
     if _backend is Backend.TRITON:
         return triton_path
     return reference if _backend is Backend.REFERENCE else torch_path

@@ -47,7 +47,7 @@ _HOPPER = "sm9"
 _PREFILL: dict[str, _Row] = {
     _INTERPRETER: ((256, 4, AttentionTiles(16, 16, 1, 1)),),
     _HOPPER: (
-        (64, 2, AttentionTiles(128, 128, 4, 3)),
+        (64, 2, AttentionTiles(128, 64, 4, 3)),
         (128, 2, AttentionTiles(128, 64, 8, 3)),
         (256, 2, AttentionTiles(64, 64, 8, 2)),
         (256, 4, AttentionTiles(32, 32, 4, 2)),
@@ -60,13 +60,14 @@ _PREFILL: dict[str, _Row] = {
     ),
 }
 
-# block_m is the least number of query heads a program pads to: the tensor cores' 16 rows.
+# block_m is the least number of query heads a program pads to: the tensor cores' 16 rows. Looking up a tile's block ids
+# takes a pipeline stage of its own, so five stages hold two tiles of keys and values.
 _DECODE: dict[str, _Row] = {
     _INTERPRETER: ((256, 4, AttentionTiles(16, 16, 1, 1)),),
     _HOPPER: (
-        (128, 2, AttentionTiles(16, 128, 4, 3)),
+        (128, 2, AttentionTiles(16, 64, 4, 5)),
         (256, 2, AttentionTiles(16, 64, 4, 3)),
-        (256, 4, AttentionTiles(16, 32, 4, 2)),
+        (256, 4, AttentionTiles(16, 32, 4, 3)),
     ),
     _DEFAULT: (
         (128, 2, AttentionTiles(16, 64, 4, 3)),
@@ -109,7 +110,7 @@ def attention_candidates(op: str, head_dim: int, dtype: torch.dtype) -> Iterator
     """The tiles worth timing: those whose keys and values fit the shared memory of a Hopper multiprocessor."""
     shared_memory_bytes = 227 * 1024
     rows = (64, 128) if op == "prefill" else (16,)
-    for block_m, block_n, num_warps, num_stages in product(rows, (32, 64, 128), (4, 8), (2, 3, 4)):
+    for block_m, block_n, num_warps, num_stages in product(rows, (32, 64, 128), (4, 8), (2, 3, 5)):
         tiles_bytes = (block_m + 2 * block_n * num_stages) * head_dim * dtype.itemsize
         if tiles_bytes <= shared_memory_bytes:
             yield AttentionTiles(block_m, block_n, num_warps, num_stages)
