@@ -1,0 +1,49 @@
+"""What /ready says, from the first worker to the last."""
+
+from __future__ import annotations
+
+import pytest
+
+from baton.services.core.router import Role, WorkerView
+from baton.services.gateway.readiness import Readiness
+
+
+def view(role: Role, compatibility: str = "x") -> WorkerView:
+    return WorkerView(role.value, "i", role, "a:1", compatibility)
+
+
+PREFILL, DECODE, COLOCATED = view(Role.PREFILL), view(Role.DECODE), view(Role.COLOCATED)
+
+
+@pytest.mark.parametrize("views", [[], [PREFILL], [DECODE], [PREFILL, view(Role.DECODE, "y")]])
+def test_it_is_not_ready_before_the_first_pair_and_says_why(views: list[WorkerView]) -> None:
+    is_ready, reason = Readiness().check(views)
+    assert not is_ready
+    assert reason
+
+
+@pytest.mark.parametrize("views", [[PREFILL, DECODE], [COLOCATED], [view(Role.PREFILL, "y"), PREFILL, DECODE]])
+def test_a_pair_or_a_colocated_worker_is_enough(views: list[WorkerView]) -> None:
+    assert Readiness().check(views) == (True, "")
+
+
+@pytest.mark.parametrize("left", [[DECODE], [DECODE, view(Role.PREFILL, "y")]])
+def test_without_its_prefill_pool_it_stays_ready_and_names_the_loss(left: list[WorkerView]) -> None:
+    readiness = Readiness()
+    readiness.check([PREFILL, DECODE])
+    is_ready, reason = readiness.check(left)
+    assert is_ready
+    assert "prefill worker" in reason
+    assert readiness.check([PREFILL, DECODE]) == (True, "")
+
+
+def test_without_any_decode_worker_it_is_not_ready_whatever_was_before() -> None:
+    readiness = Readiness()
+    readiness.check([PREFILL, DECODE])
+    assert readiness.check([PREFILL]) == (False, "no decode worker is ready (1 other workers are)")
+    assert not readiness.check([])[0]
+
+
+def test_decode_workers_that_are_meant_to_be_alone_are_enough() -> None:
+    assert Readiness(needs_pair=lambda: False).check([DECODE]) == (True, "")
+    assert not Readiness(needs_pair=lambda: False).check([PREFILL])[0]

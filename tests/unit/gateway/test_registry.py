@@ -1,0 +1,197 @@
+"""Who is known, who is used, and who is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from helpers.scripted_worker import ScriptedWorker, run_worker
+from helpers.waiting import eventually
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.router import Role
+from baton.services.gateway import registry as registry_module
+from baton.services.gateway.registry import FORGET_AFTER_S, Registry, block_bytes, compatibility_key
+from baton.services.gateway.worker_link import WorkerLink
+from baton.services.runtime.net import free_port
+
+GATEWAY = pb.WorkerIdentity(worker_id="gateway", incarnation="g")
+
+
+class Known:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.forgotten: list[str] = []
+        self.num_heard = 0
+        self.registry = Registry(
+            GATEWAY, clock=lambda: self.now_s, on_heard=self._count, on_forget=self.forgotten.append
+        )
+
+    def _count(self) -> None:
+        self.num_heard += 1
+
+    @property
+    def usable(self) -> list[str]:
+        return sorted(view.worker_id for view in self.registry.views())
+
+    def state(self, worker_id: str) -> Any:
+        return next((w["state"] for w in self.registry.describe() if w["id"] == worker_id), None)
+
+
+@pytest.fixture
+async def known() -> AsyncIterator[Known]:
+    made = Known()
+    yield made
+    await made.registry.close()
+
+
+async def test_a_worker_is_usable_once_it_is_linked_and_as_long_as_it_is_ready(known: Known) -> None:
+    async with run_worker("d", Role.DECODE) as worker:
+        known.registry.heard(worker.status())
+        assert known.usable == []
+        assert known.state("d") == "unreachable"
+        await eventually(lambda: known.usable == ["d"])
+        known.registry.heard(worker.status(state=pb.WORKER_STATE_DRAINING))
+        assert known.usable == []
+        assert known.state("d") == "draining"
+        known.registry.heard(worker.status(running=3))
+        assert (known.registry.views()[0].running, known.num_heard) == (3, 3)
+
+
+async def test_a_link_that_breaks_comes_back(known: Known) -> None:
+    async with run_worker("d", Role.DECODE) as worker:
+        known.registry.heard(worker.status())
+        await eventually(lambda: known.usable == ["d"])
+        worker.hang_up()
+        await eventually(lambda: known.usable == [])
+        await eventually(lambda: known.usable == ["d"])
+        assert known.forgotten == []
+
+
+async def test_a_worker_that_cannot_be_reached_yet_is_tried_again(
+    known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused connection is no reason to give up on it."""
+    ends: list[bool] = []
+    run = WorkerLink.run
+
+    async def watch(link: WorkerLink) -> bool:
+        ends.append(await run(link))
+        return ends[-1]
+
+    monkeypatch.setattr(WorkerLink, "run", watch)
+    port = free_port("127.0.0.1")
+    worker = ScriptedWorker("d", Role.DECODE, lambda worker, spec: None)
+    worker.address = f"127.0.0.1:{port}"
+    known.registry.heard(worker.status())
+    await eventually(lambda: ends == [False])
+    await worker.listen(port)
+    await eventually(lambda: known.usable == ["d"])
+    await worker.stop()
+
+
+async def test_a_worker_nobody_hears_from_is_forgotten(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "RECONNECT_LAST_S", 0.02)
+    async with run_worker("d", Role.DECODE) as worker:
+        known.registry.heard(worker.status())
+        await eventually(lambda: known.usable == ["d"])
+    await eventually(lambda: known.usable == [])
+    known.registry.heard(worker.status())  # the bus still speaks of it
+    known.now_s = FORGET_AFTER_S - 1.0
+    known.registry.heard(worker.status())
+    known.now_s += FORGET_AFTER_S - 1.0
+    assert known.registry.get("d") is not None
+    known.now_s += 2.0
+    await eventually(lambda: known.forgotten == ["d"])
+    assert known.state("d") is None
+
+
+async def test_a_worker_that_said_goodbye_is_forgotten_when_its_link_ends(known: Known) -> None:
+    async with run_worker("d", Role.DECODE) as worker:
+        known.registry.heard(worker.status())
+        await eventually(lambda: known.usable == ["d"])
+        known.registry.heard(worker.status(), leaving=True)
+        assert known.state("d") == "draining"
+    await eventually(lambda: known.forgotten == ["d"])
+
+
+async def test_a_restart_replaces_the_worker_at_once(known: Known) -> None:
+    async with run_worker("d", Role.DECODE) as old, run_worker("d", Role.DECODE) as new:
+        known.registry.heard(old.status())
+        await eventually(lambda: known.usable == ["d"])
+        known.registry.heard(new.status())
+        assert known.forgotten == ["d"]
+        await eventually(lambda: known.usable == ["d"])
+        assert known.registry.views()[0].incarnation == new.incarnation
+        # The old one's farewell may arrive last.
+        known.registry.heard(old.status(), leaving=True)
+        assert known.usable == ["d"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"role": 99},
+        {"role": pb.WORKER_ROLE_UNSPECIFIED},
+        {"identity": pb.WorkerIdentity()},
+        {"identity": pb.WorkerIdentity(worker_id="d")},
+        {"address": ""},
+        {"compatibility": pb.Compatibility()},
+    ],
+)
+async def test_a_report_that_lacks_what_is_needed_is_ignored(known: Known, broken: dict[str, Any]) -> None:
+    worker = ScriptedWorker("d", Role.DECODE, lambda worker, spec: None)
+    worker.address = "127.0.0.1:1"
+    known.registry.heard(worker.status(**broken))
+    assert known.registry.describe() == []
+    assert known.num_heard == 0
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+async def test_a_static_worker_of_either_kind_is_asked_who_it_is(known: Known, role: Role) -> None:
+    async with run_worker("w", role) as worker:
+        watch = asyncio.create_task(known.registry.watch_static(worker.address, every_s=0.01))
+        await asyncio.sleep(0)
+        assert not known.registry.knows_all_static
+        await eventually(lambda: known.usable == ["w"])
+        assert known.registry.knows_all_static
+        assert known.registry.views()[0].role is role
+        watch.cancel()
+
+
+async def test_block_names_are_those_of_workers_that_decode(known: Known) -> None:
+    assert known.registry.compatibility() is None
+    async with run_worker("p", Role.PREFILL) as prefill, run_worker("d", Role.DECODE) as decode:
+        other = pb.Compatibility(model_fingerprint="other", layout=pb.KVLayout(block_size=32))
+        known.registry.heard(prefill.status(compatibility=other))
+        assert known.registry.compatibility() == other
+        known.registry.heard(decode.status())
+        assert known.registry.compatibility() == decode.status().compatibility
+
+
+def test_any_difference_of_blocks_keeps_workers_apart() -> None:
+    base = pb.Compatibility(
+        model_fingerprint="f",
+        protocol_version=1,
+        layout=pb.KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32", order="o"),
+    )
+    keys = {compatibility_key(base)}
+    for field, value in (("model_fingerprint", "g"), ("protocol_version", 2)):
+        changed = pb.Compatibility()
+        changed.CopyFrom(base)
+        setattr(changed, field, value)
+        keys.add(compatibility_key(changed))
+    for field, value in (("num_layers", 3), ("num_kv_heads", 3), ("head_dim", 9), ("block_size", 32)):
+        changed = pb.Compatibility()
+        changed.CopyFrom(base)
+        setattr(changed.layout, field, value)
+        keys.add(compatibility_key(changed))
+    for field, text in (("dtype", "bfloat16"), ("order", "q")):
+        changed = pb.Compatibility()
+        changed.CopyFrom(base)
+        setattr(changed.layout, field, text)
+        keys.add(compatibility_key(changed))
+    assert len(keys) == 9
+    assert block_bytes(base.layout) == 2 * 2 * 2 * 8 * 16 * 4

@@ -1,0 +1,110 @@
+"""The gateway's stream to a worker: commands up, outputs down, and a failure for each open request when it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from helpers.scripted_worker import ScriptedWorker, run_worker
+from helpers.waiting import eventually
+
+from baton.api.common.v1 import common_pb2 as pb
+from baton.api.decode.v1 import decode_pb2
+from baton.services.core.errors import ErrorCode
+from baton.services.core.router import Role
+from baton.services.gateway.worker_link import Arrival, WorkerLink
+from baton.services.runtime.net import free_port
+
+GATEWAY = pb.WorkerIdentity(worker_id="gateway", incarnation="g")
+
+
+def make_link(worker: ScriptedWorker, incarnation: str | None = None) -> WorkerLink:
+    return WorkerLink(
+        worker.identity.worker_id, incarnation or worker.incarnation, worker.role, worker.address, GATEWAY
+    )
+
+
+def start(link: WorkerLink, request_id: str) -> asyncio.Queue[Arrival]:
+    arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+    spec = pb.GenerationSpec(request_id=request_id, attempt=1, token_ids=[1, 2, 3], num_prompt_tokens=3)
+    link.start(decode_pb2.Start(spec=spec), arrivals)
+    return arrivals
+
+
+async def test_outputs_go_to_their_requests_until_they_are_released() -> None:
+    async with run_worker("d", Role.DECODE, lambda worker, spec: worker.say(spec, 0, 7)) as worker:
+        link = make_link(worker)
+        task = asyncio.create_task(link.run())
+        await eventually(lambda: link.is_connected)
+        first, second = start(link, "a"), start(link, "b")
+        assert (link.num_inflight, link.num_inflight_tokens) == (2, 6)
+        for name, arrivals in (("a", first), ("b", second)):
+            arrival = await arrivals.get()
+            assert arrival.output is not None
+            assert (arrival.output.request_id, arrival.is_failure) == (name, False)
+        link.release(("a", 1), cancel=True)
+        link.release(("a", 1), cancel=True)
+        await eventually(lambda: worker.cancels == [("a", 1)])
+        worker.say(worker.starts[0].spec, 1, 8)
+        worker.say(worker.starts[1].spec, 1, 9)
+        assert (await second.get()).output is not None
+        assert first.empty()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert (await second.get()).is_failure  # whoever still waits must hear of it
+
+
+async def test_a_broken_stream_fails_every_open_request_once() -> None:
+    async with run_worker("d", Role.DECODE) as worker:
+        link = make_link(worker)
+        task = asyncio.create_task(link.run())
+        await eventually(lambda: link.is_connected)
+        queues = [start(link, name) for name in "abc"]
+        await eventually(lambda: len(worker.starts) == 3)
+        worker.hang_up()
+        assert await task
+        for arrivals in queues:
+            failure = arrivals.get_nowait().failure
+            assert failure is not None
+            assert (failure.code, failure.retryable) == (ErrorCode.WORKER_LOST, True)
+            assert arrivals.empty()
+        assert not link.is_connected
+        assert not link.num_inflight
+
+
+async def test_a_request_on_a_link_that_is_down_fails_at_once() -> None:
+    link = WorkerLink("d", "i", Role.DECODE, "127.0.0.1:1", GATEWAY)
+    assert start(link, "a").get_nowait().is_failure
+    assert not link.num_inflight
+
+
+async def test_a_refused_connection_is_an_end_like_any_other() -> None:
+    link = WorkerLink("d", "i", Role.DECODE, f"127.0.0.1:{free_port('127.0.0.1')}", GATEWAY)
+    assert await link.run() is False
+
+
+async def test_a_hello_that_is_refused_never_counts_as_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for a moment: requests would be sent there, and be lost."""
+    seen: list[bool] = []
+    original = WorkerLink.__setattr__
+
+    def watch(self: WorkerLink, name: str, value: object) -> None:
+        if name == "is_connected":
+            seen.append(bool(value))
+        original(self, name, value)
+
+    async with run_worker("d", Role.DECODE) as worker:
+        link = make_link(worker, incarnation="another")
+        monkeypatch.setattr(WorkerLink, "__setattr__", watch)
+        assert await link.run() is False
+    assert not any(seen)
+
+
+async def test_the_same_link_connects_again() -> None:
+    async with run_worker("p", Role.PREFILL) as worker:
+        link = make_link(worker)
+        for _ in range(2):
+            task = asyncio.create_task(link.run())
+            await eventually(lambda: link.is_connected)
+            worker.hang_up()
+            assert await task
