@@ -113,7 +113,8 @@ class GatewayService:
             name=settings.served_model_name or settings.model,
             max_model_len=settings.max_model_len or _context_length(folder),
             vocab_size=ConfigFile.read(folder / "config.json").integer("vocab_size"),
-            eos_token_ids=eos_token_ids,
+            # A chat model's own end-of-turn token may stand in its tokenizer alone.
+            eos_token_ids=eos_token_ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()),
             defaults=defaults,
             created=int(time.time()),
         )

@@ -170,10 +170,14 @@ class WorkerHost(ABC, Generic[WorkerT]):
         if self.settings.threads_per_worker is not None:
             set_num_threads(self.settings.threads_per_worker)
         if loaded.device.type == "cpu":
-            memory = HostBlockMemory(num_blocks, block_bytes)
-            return Engine(loaded, num_blocks=num_blocks, block_size=block_size, memory=memory.tensor), memory
-        engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size)
-        return engine, StagedBlockMemory(engine.kv_cache, max(2, min(num_blocks, STAGING_BYTES // block_bytes)))
+            host_memory = HostBlockMemory(num_blocks, block_bytes)
+            memory: BlockMemory = host_memory
+            engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size, memory=host_memory.tensor)
+        else:
+            engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size)
+            memory = StagedBlockMemory(engine.kv_cache, max(2, min(num_blocks, STAGING_BYTES // block_bytes)))
+        engine.warm_up()
+        return engine, memory
 
     def _make_agent(self, worker: WorkerT) -> TransferAgent:
         settings = self.settings

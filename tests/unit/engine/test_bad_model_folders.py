@@ -2,69 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.model_folders import edit_header, edit_json, edit_tensors, refusal
 from helpers.tiny_models import make_model_dir
 from safetensors.torch import load_file, save_file
 
 from baton.services.core.errors import ConfigurationError
 from baton.services.engine.loader import load_model
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir("llama", tmp_path_factory.mktemp("pristine"))
-
-
-@pytest.fixture(scope="module")
-def pristine_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir("llama", tmp_path_factory.mktemp("sharded"), max_shard_size="150KB")
-
-
-@pytest.fixture
-def folder(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "model"))
-
-
-@pytest.fixture
-def sharded(pristine_sharded: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine_sharded, tmp_path / "model"))
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        load_model(folder, device="cpu")
-    message = caught.value.message
-    assert "\n" not in message
-    return message
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 def test_the_untouched_folders_load(pristine: Path, pristine_sharded: Path) -> None:
@@ -313,67 +262,6 @@ def test_only_pickles(folder: Path) -> None:
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "found no weights" in refusal(folder)
-
-
-# --- weights: shards
-
-
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model-*.safetensors"))
-
-
-def test_missing_shard(sharded: Path) -> None:
-    lost = shards(sharded)[1]
-    lost.unlink()
-    message = refusal(sharded)
-    assert f"{lost}: missing: model.safetensors.index.json expects it to hold tensor" in message
-
-
-def test_index_names_an_absent_tensor(sharded: Path) -> None:
-    first = shards(sharded)[0].name
-    edit_json(
-        sharded / "model.safetensors.index.json", lambda index: index["weight_map"].update({"model.ghost": first})
-    )
-    message = refusal(sharded)
-    assert "tensor 'model.ghost'" in message
-    assert first in message
-    assert "no file holds it" in message
-
-
-def test_index_names_the_wrong_shard(sharded: Path) -> None:
-    first, last = shards(sharded)[0].name, shards(sharded)[-1].name
-    names: list[str] = []
-
-    def swap(index: dict[str, Any]) -> None:
-        names.append(next(name for name, file in index["weight_map"].items() if file == first))
-        index["weight_map"][names[0]] = last
-
-    edit_json(sharded / "model.safetensors.index.json", swap)
-    message = refusal(sharded)
-    assert f"tensor {names[0]!r}" in message
-    assert f"found in {first}" in message
-
-
-def test_tensor_in_two_shards(sharded: Path) -> None:
-    first, second = shards(sharded)[:2]
-    tensors = load_file(second)
-    name, tensor = next(iter(load_file(first).items()))
-    save_file({**tensors, name: tensor}, second)
-    assert f"{second}: tensor {name!r} is in {first.name} too" in refusal(sharded)
-
-
-@pytest.mark.parametrize("file_name", ["../model/model-00001-of-00003.safetensors", "/etc/passwd", "pytorch_model.bin"])
-def test_index_that_leads_elsewhere(sharded: Path, file_name: str) -> None:
-    edit_json(
-        sharded / "model.safetensors.index.json",
-        lambda index: index["weight_map"].update({"model.norm.weight": file_name}),
-    )
-    assert f"expected names of .safetensors files, found {file_name!r}" in refusal(sharded)
-
-
-def test_several_files_without_an_index(sharded: Path) -> None:
-    (sharded / "model.safetensors.index.json").unlink()
-    assert "no model.safetensors.index.json to join them" in refusal(sharded)
 
 
 # --- tokenizer, links, names
