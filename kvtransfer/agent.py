@@ -1,6 +1,6 @@
 """The transfer agent: the one object that a worker has for handing blocks over, in both directions.
 
-It lives on the worker's event loop. The pure machines decide; this shell owns the sockets, the calls, the timers and two
+It lives on the worker's event loop. The pure machines decide; this shell owns the sockets, the calls, the timers and a few
 threads for copies and checksums, so that neither a slow peer nor a large block ever holds up the loop.
 """
 
@@ -29,8 +29,8 @@ from baton.kvtransfer.transport.registry import make_transports
 
 _WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - recognised, not chosen
 
-# One thread can hash what goes out while the other copies what comes in.
-_NUM_THREADS = 2
+# Two threads, since one that copies and hashes is slower than one that only copies. They have nothing to do most of the time.
+_NUM_COPY_THREADS = 2
 
 
 class TransferAgent:
@@ -68,13 +68,14 @@ class TransferAgent:
         self._data_host, self._data_port = data_host, data_port
         self._advertised_host, self._advertised_port = advertised_host or data_host, advertised_port
         self._open_channel = open_channel
-        self._executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kv-copy")
+        self._copying = ThreadPoolExecutor(_NUM_COPY_THREADS, thread_name_prefix="kv-copy")
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="kv-send")
         self._context = AgentContext(
             identity,
             compatibility,
             memory,
-            make_transports(transports, memory, self._executor),
-            self._executor,
+            make_transports(transports, memory, self._copying),
+            self._hashing,
             options or TransferOptions(),
             TransferStats(),
             clock,
@@ -112,7 +113,8 @@ class TransferAgent:
         await self._receiving.close()
         if self._listener is not None:
             self._listener.close()
-        self._executor.shutdown()
+        self._copying.shutdown()
+        self._hashing.shutdown()
 
     # Sending.
 

@@ -23,7 +23,7 @@ class AgentContext:
     compatibility: Compatibility
     memory: BlockMemory
     transports: Mapping[str, Transport]  # best first
-    executor: Executor  # for copies and checksums
+    executor: Executor  # hashes and sends what goes out
     options: TransferOptions
     stats: TransferStats
     clock: Callable[[], float]

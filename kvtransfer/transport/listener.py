@@ -20,7 +20,7 @@ from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.rows import Rows
 from baton.kvtransfer.transport.base import Transport
 from baton.kvtransfer.transport.frames import FrameKind, Header, pack_text, pack_verdicts
-from baton.kvtransfer.transport.stream import FrameStream, Payload
+from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
 
 _log = structlog.get_logger(__name__)
 
@@ -91,11 +91,11 @@ class Inlet:
     def send_verdicts(self, fence: bytes, landed: tuple[int, ...], corrupt: tuple[int, ...]) -> None:
         """Tells the sender what became of blocks."""
         for frame in pack_verdicts(fence, landed, corrupt):
-            self._stream.send(frame)
+            self._stream.send(Outgoing(frame))
 
     def send_gone(self, fence: bytes, code: TransferCode, reason: str) -> None:
         """Tells the sender that a handoff is over."""
-        self._stream.send(pack_text(FrameKind.GONE, fence, code, reason))
+        self._stream.send(Outgoing(pack_text(FrameKind.GONE, fence, code, reason)))
 
     def resume(self) -> None:
         """There is room again for what the connection was waiting with."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -35,11 +36,13 @@ from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
 
 _log = structlog.get_logger(__name__)
 
-# Bytes of blocks in one frame: a few milliseconds on a 10 Gbit/s link, so that verdicts and other handoffs get their turn.
+# Bytes of blocks after one frame: a few milliseconds on a 10 Gbit/s link, then verdicts and other handoffs get their turn.
 _FRAME_BYTES = 4 * 1024 * 1024
-# Bytes that may wait in the stream before the next batch is hashed: the socket never runs dry meanwhile.
-_WINDOW_BYTES = 8 * 1024 * 1024
-# Less than this is hashed at once on the event loop: a round trip to the thread takes longer.
+# Bytes of blocks hashed and sent in one go of the thread. It begins small, so that the receiver soon has something to do, and
+# doubles while there is more, so that handing work over to the thread and back costs little.
+_FIRST_GO_BYTES = 1024 * 1024
+_MAX_GO_BYTES = 8 * 1024 * 1024
+# Less than this is done at once on the event loop: a round trip to the thread takes longer.
 _INLINE_BYTES = 512 * 1024
 # Longest pause before connecting again to a peer that keeps closing the connection.
 _MAX_BACKOFF_S = 1.0
@@ -79,12 +82,14 @@ class OutletEvents(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Batch:
+    """Blocks of one handoff: as many as were pushed together while queued, one frame's later."""
+
     fence: bytes
     token: bytes
     blocks: Sequence[BlockPush]
     rows: list[int] = field(default_factory=list)
-    outgoing: Outgoing | None = None
-    when_quiet: Callable[[], None] | None = None  # set when it was cancelled while its rows were being read
+    frame: Outgoing | None = None
+    sent: tuple[tuple[int, int], ...] = ()  # (index, checksum)
 
 
 class Outlet:
@@ -110,34 +115,30 @@ class Outlet:
         self._events = events
         self._options = options
         self._queue: deque[_Batch] = deque()
-        self._reading: _Batch | None = None  # its rows are being filled or hashed
-        self._sending: dict[_Batch, None] = {}  # in the stream, in order
+        self._reading: list[_Batch] = []  # their rows are being filled, hashed or sent on a thread
+        self._when_quiet: dict[bytes, Callable[[], None]] = {}  # by fence: what was cancelled while being read
+        self._sending: dict[_Batch, None] = {}  # waiting in the stream, in order
         self._lent: dict[bytes, dict[int, int]] = {}  # fence -> index -> row that the receiver may still read
         self._stream: FrameStream | None = None
         self._pump_task: asyncio.Task[None] | None = None
-        self._drained = asyncio.Event()
         self._num_failures = 0  # connections in a row that brought no verdict
         self._is_closed = False
 
     def push(self, fence: bytes, token: bytes, blocks: Sequence[BlockPush]) -> None:
         """Sends blocks, in this order, after those before. ``on_sent`` follows for each unless the link is lost."""
-        block_bytes = self._memory.block_bytes
-        size = max(1, min(MAX_ENTRIES, _FRAME_BYTES // block_bytes, self._memory.max_rows))
-        self._queue.extend(_Batch(fence, token, blocks[i : i + size]) for i in range(0, len(blocks), size))
+        self._queue.append(_Batch(fence, token, blocks))
         self._start_pump()
 
     def cancel(self, fence: bytes, when_quiet: Callable[[], None]) -> None:
         """Sends no more of a handoff. ``when_quiet`` is called, perhaps at once, when none of its blocks is being read here."""
         self._queue = deque(batch for batch in self._queue if batch.fence != fence)
         for batch in [batch for batch in self._sending if batch.fence == fence]:
-            if self._stream is not None and batch.outgoing is not None:
-                self._stream.cancel(batch.outgoing)
-                batch.outgoing.on_sent = self._drained.set
+            if self._stream is not None and batch.frame is not None:
+                self._stream.cancel(batch.frame)
             self._forget(batch)
-        self._drained.set()
         self._memory.unload(list(self._lent.pop(fence, {}).values()))
-        if self._reading is not None and self._reading.fence == fence:
-            self._reading.when_quiet = when_quiet
+        if any(batch.fence == fence for batch in self._reading):
+            self._when_quiet[fence] = when_quiet
         else:
             when_quiet()
 
@@ -149,7 +150,8 @@ class Outlet:
             self._stream.close()
             self._drop_link()
         if self._pump_task is not None:
-            self._pump_task.cancel()
+            if not self._reading:  # what a thread has begun is waited for
+                self._pump_task.cancel()
             await asyncio.wait([self._pump_task])
 
     # Sending.
@@ -159,12 +161,14 @@ class Outlet:
             self._pump_task = asyncio.create_task(self._pump(), name="kv-outlet")
 
     async def _pump(self) -> None:
+        go_bytes = _FIRST_GO_BYTES
         try:
             while self._queue:
                 if self._stream is None:
                     await self.connect()
                 if self._queue and self._stream is not None:
-                    await self._send_next(self._stream)
+                    await self._send_some(self._stream, self._take(go_bytes))
+                    go_bytes = min(_MAX_GO_BYTES, 2 * go_bytes)
         except TransferError as error:
             self._queue.clear()
             self._events.on_unreachable(error.code, error.message)
@@ -176,46 +180,90 @@ class Outlet:
             self._pump_task = None
             self._start_pump()  # for what was pushed while the failure was told
 
-    async def _send_next(self, stream: FrameStream) -> None:
-        batch = self._reading = self._queue.popleft()
-        is_read = False
-        try:
-            batch.rows = await self._memory.load([push.block_id for push in batch.blocks])
-            checksums = await self._checksums(batch.rows)
-            is_read = batch.when_quiet is None and stream is self._stream
-        finally:
-            self._reading = None
-            if not is_read:
-                self._memory.unload(batch.rows)
-                if batch.when_quiet is not None:
-                    batch.when_quiet()
-        if not is_read:
-            return
-        parts = zip(batch.blocks, batch.rows, checksums, strict=True)
-        entries = [BlockEntry(push.slot, checksum, row) for push, row, checksum in parts]
-        frame = pack_blocks(self._transport.kind, batch.fence, batch.token, entries, self._memory.block_bytes)
-        payload = [self._memory.rows.row(row) for row in batch.rows] if self._transport.is_inline else []
-        self._sending[batch] = None
-        sent = tuple((entry.slot.index, entry.checksum) for entry in entries)
-        batch.outgoing = stream.send(frame, payload, lambda: self._on_sent(batch, sent))
-        while stream is self._stream and stream.num_unsent > _WINDOW_BYTES:
-            self._drained.clear()
-            await self._drained.wait()
-
-    async def _checksums(self, rows: list[int]) -> list[int]:
-        if len(rows) * self._memory.block_bytes <= _INLINE_BYTES:
-            return self._memory.rows.checksums(rows)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._memory.rows.checksums, rows)
-
-    def _on_sent(self, batch: _Batch, blocks: tuple[tuple[int, int], ...]) -> None:
+    def _take(self, max_bytes: int) -> list[_Batch]:
+        """The next frames, of at most ``max_bytes`` together. With staging one: two would wait for each other's rows."""
+        block_bytes, taken = self._memory.block_bytes, []
+        num_left = max(1, max_bytes // block_bytes)
+        largest = min(MAX_ENTRIES, self._memory.max_rows)
         if self._transport.is_inline:
-            self._forget(batch)
-        else:
-            lent = self._lent.setdefault(batch.fence, {})
-            lent.update({push.slot.index: row for push, row in zip(batch.blocks, batch.rows, strict=True)})
-            self._sending.pop(batch, None)
-        self._drained.set()
-        self._events.on_sent(batch.fence, blocks)
+            largest = max(1, min(largest, _FRAME_BYTES // block_bytes))
+        while self._queue and num_left > 0:
+            batch = self._queue[0]
+            size = min(num_left, largest)
+            taken.append(_Batch(batch.fence, batch.token, batch.blocks[:size]))
+            num_left -= len(taken[-1].blocks)
+            batch.blocks = batch.blocks[size:]
+            if not batch.blocks:
+                self._queue.popleft()
+            if self._memory.is_staged:
+                break
+        return taken
+
+    async def _send_some(self, stream: FrameStream, batches: list[_Batch]) -> None:
+        self._reading = batches
+        stream.hold()
+        try:
+            for batch in batches:
+                batch.rows = await self._memory.load([push.block_id for push in batch.blocks])
+            if sum(len(batch.rows) for batch in batches) * self._memory.block_bytes <= _INLINE_BYTES:
+                self._hash_and_send(stream, batches)
+            else:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._executor, self._hash_and_send, stream, batches)
+        finally:
+            self._reading = []
+            stream.release()
+            self._conclude(stream, batches)
+        await stream.drain()
+
+    def _hash_and_send(self, stream: FrameStream, batches: list[_Batch]) -> None:
+        """Each frame is sent while what was read for its checksums is still in the cache. Runs on any thread."""
+        has_rest = False
+        for batch in batches:
+            if batch.fence in self._when_quiet:
+                continue  # cancelled meanwhile
+            checksums = self._memory.rows.checksums(batch.rows)
+            parts = zip(batch.blocks, batch.rows, checksums, strict=True)
+            entries = [BlockEntry(push.slot, checksum, row) for push, row, checksum in parts]
+            head = pack_blocks(self._transport.kind, batch.fence, batch.token, entries, self._memory.block_bytes)
+            payload = [self._memory.rows.row(row) for row in batch.rows] if self._transport.is_inline else []
+            batch.sent = tuple((entry.slot.index, entry.checksum) for entry in entries)
+            batch.frame = Outgoing(head, payload)
+            if not has_rest:
+                stream.send_now(batch.frame)
+                has_rest = bool(batch.frame.views)
+
+    def _conclude(self, stream: FrameStream, batches: list[_Batch]) -> None:
+        """What was sent is told; what the socket did not take waits in the stream; what was cancelled is let go."""
+        sent: list[_Batch] = []
+        for batch in batches:
+            if stream is not self._stream or batch.frame is None or batch.fence in self._when_quiet:
+                self._memory.unload(batch.rows)
+                if stream is self._stream and batch.frame is not None and batch.frame.is_partly_sent:
+                    batch.frame.blank()
+                    stream.send(batch.frame)
+            elif batch.frame.views:
+                self._sending[batch] = None
+                stream.send(batch.frame, partial(self._on_sent, [batch]))
+            else:
+                sent.append(batch)
+        self._on_sent(sent)
+        when_quiet, self._when_quiet = self._when_quiet, {}
+        for callback in when_quiet.values():
+            callback()
+
+    def _on_sent(self, batches: Sequence[_Batch]) -> None:
+        sent: dict[bytes, tuple[tuple[int, int], ...]] = {}
+        for batch in batches:
+            if self._transport.is_inline:
+                self._forget(batch)
+            else:
+                self._sending.pop(batch, None)
+                lent = self._lent.setdefault(batch.fence, {})
+                lent.update({push.slot.index: row for push, row in zip(batch.blocks, batch.rows, strict=True)})
+            sent[batch.fence] = sent.get(batch.fence, ()) + batch.sent
+        for fence, blocks in sent.items():
+            self._events.on_sent(fence, blocks)
 
     def _forget(self, batch: _Batch) -> None:
         self._sending.pop(batch, None)
@@ -236,7 +284,7 @@ class Outlet:
             why = (error.strerror if isinstance(error, OSError) else None) or "no answer"
             raise TransferError(TransferCode.PEER_LOST, f"data plane {host}:{port}: {why}") from error
         self._stream = FrameStream(sock, self, stall_s=self._options.stall_s)
-        self._stream.send(self._hello)
+        self._stream.send(Outgoing(self._hello))
 
     def on_frame(self, header: Header, body: memoryview) -> Payload | None:
         match header.kind:
@@ -270,7 +318,6 @@ class Outlet:
         for lent in self._lent.values():
             self._memory.unload(list(lent.values()))
         self._lent.clear()
-        self._drained.set()
 
 
 async def _connect(host: str, port: int) -> socket.socket:

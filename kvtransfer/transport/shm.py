@@ -1,6 +1,6 @@
 """Blocks by reference: the receiver maps the sender's rows once and copies each block into its slot.
 
-One copy, on a thread, in batches. The checksum is taken of the receiver's own copy after it was made, so a sender that reuses
+One copy, on threads, in batches. The checksum is taken of the receiver's own copy after it was made, so a sender that reuses
 a block too early is caught like any other corruption. A copy that has begun cannot be stopped: until its batch is over the
 handoff is in quarantine.
 """
@@ -23,8 +23,10 @@ from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
 
 _log = structlog.get_logger(__name__)
 
-# A batch: long enough that handing it to the thread costs little, short enough (about 1 ms) that a stop is soon done.
-_BATCH_BYTES = 8 * 1024 * 1024
+# A batch: long enough that handing it to a thread costs little, short enough (about 1 ms) that a stop is soon done.
+_BATCH_BYTES = 4 * 1024 * 1024
+# Batches under way, most of them waiting for a thread: enough to keep it busy while the event loop hears of the one before.
+_MAX_BATCHES = 6
 # Less than this is copied at once on the event loop: a round trip to the thread takes longer.
 _INLINE_BYTES = 256 * 1024
 
@@ -44,7 +46,7 @@ class ShmTransport:
         self._memory = memory
         self._executor = executor
         self._arrivals: deque[Arrival] = deque()
-        self._copying: asyncio.Task[None] | None = None
+        self._copying: set[asyncio.Task[None]] = set()
 
     def offer(self) -> SharedMemory | None:
         return self._memory.shared
@@ -60,12 +62,14 @@ class ShmTransport:
     def land(self, arrival: Arrival) -> None:
         entries = _allowed(arrival)
         num_bytes = len(entries) * self._memory.block_bytes
-        if num_bytes <= _INLINE_BYTES and self._copying is None and not self._memory.is_staged:
+        if num_bytes <= _INLINE_BYTES and not self._copying and not self._memory.is_staged:
             arrival.ended(self._copy(arrival, entries, _block_ids(entries)))
             return
         self._arrivals.append(arrival)
-        if self._copying is None:
-            self._copying = asyncio.ensure_future(self._copy_all())
+        if len(self._copying) < _MAX_BATCHES:
+            task = asyncio.create_task(self._copy_all(), name="kv-shm")
+            self._copying.add(task)
+            task.add_done_callback(self._copying.discard)
 
     def stop(self, fence: bytes) -> None:
         for arrival in [arrival for arrival in self._arrivals if arrival.fence == fence]:
@@ -76,25 +80,22 @@ class ShmTransport:
         while self._arrivals:
             arrival = self._arrivals.popleft()
             arrival.ended(Landed(broken=tuple(arrival.allowed)))
-        if self._copying is not None:
-            await asyncio.wait([self._copying])
+        if self._copying:
+            await asyncio.wait(self._copying)
 
     async def _copy_all(self) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            while self._arrivals:
-                batch = self._take_batch()
-                rows = [await self._memory.claim(_block_ids(_allowed(arrival))) for arrival in batch]
-                try:
-                    results = await loop.run_in_executor(self._executor, self._copy_batch, batch, rows)
-                except Exception:
-                    _log.exception("kv_copy_failed", num_frames=len(batch))
-                    results = [Landed(broken=tuple(arrival.allowed)) for arrival in batch]
-                for arrival, claimed, result in zip(batch, rows, results, strict=True):
-                    self._memory.unclaim(claimed)
-                    arrival.ended(result)
-        finally:
-            self._copying = None
+        while self._arrivals:
+            batch = self._take_batch()
+            rows = [await self._memory.claim(_block_ids(_allowed(arrival))) for arrival in batch]
+            try:
+                results = await loop.run_in_executor(self._executor, self._copy_batch, batch, rows)
+            except Exception:
+                _log.exception("kv_copy_failed", num_frames=len(batch))
+                results = [Landed(broken=tuple(arrival.allowed)) for arrival in batch]
+            for claimed in rows:
+                self._memory.unclaim(claimed)
+            _report(batch, results)
 
     def _take_batch(self) -> list[Arrival]:
         """Arrivals for one go of the thread. With staging one at a time: they would wait for each other's rows."""
@@ -122,6 +123,20 @@ class ShmTransport:
             landed=tuple((entry.slot.index, entry.checksum) for entry, _ in verified),
             corrupt=tuple(entry.slot.index for entry, _, is_right in judged if not is_right),
         )
+
+
+def _report(batch: list[Arrival], results: list[Landed]) -> None:
+    """What belongs to one handoff is told at once: each telling is a step of its machine and a frame to the sender."""
+    by_fence: dict[bytes, list[tuple[Arrival, Landed]]] = {}
+    for arrival, result in zip(batch, results, strict=True):
+        by_fence.setdefault(arrival.fence, []).append((arrival, result))
+    for ended in by_fence.values():
+        landed = Landed(
+            landed=tuple(block for _, result in ended for block in result.landed),
+            corrupt=tuple(index for _, result in ended for index in result.corrupt),
+            broken=tuple(index for _, result in ended for index in result.broken),
+        )
+        ended[0][0].ended(landed)
 
 
 def _allowed(arrival: Arrival) -> list[BlockEntry]:

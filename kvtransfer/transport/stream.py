@@ -12,6 +12,7 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Protocol
 
 from baton.kvtransfer.errors import RemoteProtocolError
@@ -59,18 +60,35 @@ class FrameHandler(Protocol):
 
 
 class Outgoing:
-    """One frame on its way out. The views of its payload must not change until ``on_sent`` was called."""
+    """One frame on its way out. The views of its payload must not change until all of it was sent."""
 
-    def __init__(self, head: bytes, payload: Sequence[memoryview], on_sent: Callable[[], None] | None) -> None:
+    def __init__(self, head: bytes, payload: Sequence[memoryview] = ()) -> None:
         self.views = deque((memoryview(head), *payload))
-        self.num_payload = len(payload)
-        self.has_begun = False
-        self.on_sent = on_sent
+        self.is_partly_sent = False
+        self.when_sent: Callable[[], None] | None = None
+        self._num_payload = len(payload)
+
+    @property
+    def num_bytes(self) -> int:
+        """What has not been sent yet."""
+        return sum(map(len, self.views))
+
+    def advance(self, num_sent: int) -> int:
+        """Takes ``num_sent`` bytes off the front; returns how many of them were not this frame's."""
+        while self.views and num_sent >= len(self.views[0]):
+            num_sent -= len(self.views.popleft())
+            self.is_partly_sent = True
+        if self.views and num_sent:
+            self.views[0] = self.views[0][num_sent:]
+            self.is_partly_sent = True
+            return 0
+        self.is_partly_sent = self.is_partly_sent and bool(self.views)
+        return num_sent
 
     def blank(self) -> None:
         """Lets go of the payload: what has not left is sent as zeros, since the length was promised."""
-        head = [self.views.popleft()] if len(self.views) > self.num_payload else []
-        num_left = sum(map(len, self.views))
+        head = [self.views.popleft()] if len(self.views) > self._num_payload else []
+        num_left = self.num_bytes
         self.views = deque(head)
         while num_left:
             self.views.append(_ZEROS[:num_left])
@@ -92,7 +110,8 @@ class FrameStream:
         self._is_paused = False
         self._outgoing: deque[Outgoing] = deque()
         self._is_writing = False
-        self.num_unsent = 0
+        self._is_held = False
+        self._drained = asyncio.Event()
         self.is_closed = False
         self._stall_s = stall_s
         self._moved_s = self._loop.time()
@@ -103,29 +122,48 @@ class FrameStream:
 
     # Sending.
 
-    def send(
-        self, head: bytes, payload: Sequence[memoryview] = (), on_sent: Callable[[], None] | None = None
-    ) -> Outgoing:
-        """Queues one frame and sends what the socket takes at once. Nothing is sent, or called, once the stream is closed."""
-        outgoing = Outgoing(head, payload, on_sent)
+    def send(self, frame: Outgoing, when_sent: Callable[[], None] | None = None) -> None:
+        """Queues a frame and sends what the socket takes at once. Nothing is sent, or called, once the stream is closed."""
         if self.is_closed:
-            return outgoing
+            return
+        frame.when_sent = when_sent
         if not self._outgoing:
             self._moved_s = self._loop.time()
-        self._outgoing.append(outgoing)
-        self.num_unsent += sum(map(len, outgoing.views))
+        self._outgoing.append(frame)
         if not self._is_writing:
             self._on_writable()
-        return outgoing
 
-    def cancel(self, outgoing: Outgoing) -> None:
-        """The memory behind ``outgoing`` is read no more after this. ``on_sent`` is not called."""
-        outgoing.on_sent = None
-        if outgoing.has_begun:
-            outgoing.blank()
-        elif outgoing in self._outgoing:
-            self._outgoing.remove(outgoing)
-            self.num_unsent -= sum(map(len, outgoing.views))
+    def cancel(self, frame: Outgoing) -> None:
+        """The payload of a queued frame is read no more after this. ``when_sent`` is not called."""
+        frame.when_sent = None
+        if frame.is_partly_sent:
+            frame.blank()
+        elif frame in self._outgoing:
+            self._outgoing.remove(frame)
+
+    async def drain(self) -> None:
+        """Waits until nothing is queued any more, or the stream is closed."""
+        while self._outgoing and not self.is_closed:
+            self._drained.clear()
+            await self._drained.wait()
+
+    def hold(self) -> None:
+        """Until ``release``, ``send_now`` may be called on another thread, and ``send`` may not be called at all."""
+        self._is_held = True
+
+    def release(self) -> None:
+        self._is_held = False
+        if self.is_closed:
+            self._sock.close()
+
+    def send_now(self, frame: Outgoing) -> None:
+        """Sends as much of a frame as the socket takes, unless an earlier one is not out yet; ``send`` takes the rest.
+
+        A broken connection is not reported here: the event loop sees it too.
+        """
+        with contextlib.suppress(OSError):
+            while frame.views and not self._outgoing and not self.is_closed:
+                frame.advance(self._sock.sendmsg(list(islice(frame.views, _MAX_BUFFERS))))
 
     def _on_writable(self) -> None:
         try:
@@ -140,33 +178,24 @@ class FrameStream:
     def _write_some(self) -> None:
         views: list[memoryview] = []
         num_bytes = 0
-        for outgoing in self._outgoing:
-            for view in outgoing.views:
-                views.append(view)
-                num_bytes += len(view)
-                if num_bytes >= _TURN_BYTES or len(views) == _MAX_BUFFERS:
-                    break
-            else:
-                continue
-            break
+        for view in chain.from_iterable(frame.views for frame in self._outgoing):
+            views.append(view)
+            num_bytes += len(view)
+            if num_bytes >= _TURN_BYTES or len(views) == _MAX_BUFFERS:
+                break
         num_sent = self._sock.sendmsg(views) if views else 0
         self._moved_s = self._loop.time()
-        self.num_unsent -= num_sent
         sent: list[Outgoing] = []
         while self._outgoing:
-            outgoing = self._outgoing[0]
-            while outgoing.views and num_sent >= len(outgoing.views[0]):
-                num_sent -= len(outgoing.views.popleft())
-                outgoing.has_begun = True
-            if outgoing.views:
-                if num_sent:
-                    outgoing.views[0] = outgoing.views[0][num_sent:]
-                    outgoing.has_begun = True
+            num_sent = self._outgoing[0].advance(num_sent)
+            if self._outgoing[0].views:
                 break
             sent.append(self._outgoing.popleft())
-        for outgoing in sent:
-            if outgoing.on_sent is not None:
-                outgoing.on_sent()
+        if not self._outgoing:
+            self._drained.set()
+        for frame in sent:
+            if frame.when_sent is not None:
+                frame.when_sent()
 
     def _watch_writable(self, wanted: bool) -> None:
         if wanted and not self._is_writing:
@@ -257,9 +286,14 @@ class FrameStream:
         self._stall_timer.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
-        self._sock.close()
+        if self._is_held:
+            # Another thread may be about to use the descriptor, whose number must not be somebody else's by then.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+        else:
+            self._sock.close()
         self._outgoing.clear()
-        self.num_unsent = 0
+        self._drained.set()
         payload, self._payload = self._payload, None
         if payload is not None:
             payload.cut()

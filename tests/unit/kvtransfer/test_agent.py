@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ from baton.kvtransfer.memory import HostBlockMemory
 
 TRANSPORTS = ["tcp", "shm"]
 each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+@pytest.fixture(autouse=True, params=["event loop", "threads"])
+def where_bytes_are_moved(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small handoffs never leave the event loop; each test also runs as if its blocks were large."""
+    if request.param == "threads":
+        monkeypatch.setattr("baton.kvtransfer.transport.outlet._INLINE_BYTES", 0)
+        monkeypatch.setattr("baton.kvtransfer.transport.shm._INLINE_BYTES", -1)
 
 
 async def failure_of(sender: Node, receiver: Node, prompt: Prompt) -> TransferError:
@@ -288,6 +297,37 @@ async def test_the_sender_hears_when_the_receiver_no_longer_wants_it() -> None:
         assert error is not None
         assert (error.code, error.message) == (TransferCode.ABORTED, "the receiver no longer wants it")
         assert receiver.host.releases == [(prompt.key, TransferCode.ABORTED, True)]
+
+
+@each_transport
+async def test_blocks_are_not_released_while_a_thread_reads_them(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.kvtransfer.transport.outlet._INLINE_BYTES", 0)
+    async with two_nodes(transport) as (sender, receiver):
+        reading, gate = threading.Event(), threading.Event()
+        checksums = sender.memory.rows.checksums
+
+        def gated(rows: list[int]) -> list[int]:
+            reading.set()
+            assert gate.wait(10)
+            return checksums(rows)
+
+        monkeypatch.setattr(sender.memory.rows, "checksums", gated)
+        prompt = Prompt([1, 2])
+        handoff = open_handoff(sender, receiver, prompt)
+        handoff.blocks_ready(prompt.all_ready)
+        await eventually(reading.is_set)
+        aborting = asyncio.create_task(handoff.abort("the client left"))
+        await eventually(lambda: receiver.host.releases == [(prompt.key, TransferCode.ABORTED, True)])
+        assert prompt.done == []
+        assert not aborting.done()
+        gate.set()
+        await aborting
+        assert len(prompt.done) == 1
+        assert sum(receiver.agent.stats().bytes_received.values()) == 0
+        monkeypatch.undo()
+        await hand_over(sender, receiver, Prompt([3], request_id="after"))
 
 
 async def test_giving_up_while_waiting_for_room_stops_the_search_for_it() -> None:
