@@ -198,6 +198,7 @@ def test_the_other_pages_answer(server: Serving) -> None:
     assert [(model["id"], model["max_model_len"]) for model in models] == [("tiny", 1024)]
     tokens = server.post("/tokenize", {"model": "tiny", "prompt": "the code"}).json()["tokens"]
     assert server.post("/detokenize", {"model": "tiny", "tokens": tokens}).json()["prompt"] == "the code"
+    complete(server, "the code")  # counters with labels appear with their first count
     metrics = server.get("/metrics").text
     for name in ("baton_ttft_seconds_bucket", "baton_kv_blocks{", "baton_requests_total{", "baton_kv_ledger_error 0.0"):
         assert name in metrics
