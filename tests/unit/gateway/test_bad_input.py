@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -106,12 +105,11 @@ def case_id(value: Any) -> str:
 
 @pytest.mark.parametrize(("name", "value"), BAD_FIELDS, ids=case_id)
 async def test_bad_fields_are_named(client: httpx.AsyncClient, name: str, value: Any) -> None:
-    """Of both APIs, streaming or not, quickly, and never as a stream."""
+    """Of both APIs, streaming or not, and never as a stream."""
     for path, body in ((CHAT, chat_body()), (COMPLETIONS, completion_body())):
         for stream in (False, True):
             if stream and name.startswith("stream") and value in ({}, {"include_usage": True}):
                 continue  # right in a stream
-            started_s = time.perf_counter()
             content = orjson.dumps(body | {"stream": stream} | {name: _json_safe(value)})
             content = content.replace(b'"<big>"', str(value).encode())
             response = await client.post(path, content=content, headers={"content-type": "application/json"})
@@ -119,7 +117,6 @@ async def test_bad_fields_are_named(client: httpx.AsyncClient, name: str, value:
             assert error["param"] == name or error["param"].startswith((f"{name}.", f"{name}["))
             assert name in error["message"]
             assert error["type"] == "invalid_request_error"
-            assert time.perf_counter() - started_s < 1.0
 
 
 def _json_safe(value: Any) -> Any:
