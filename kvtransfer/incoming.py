@@ -137,7 +137,9 @@ class ReceiverHandoff:
         self._driver.tick()
 
     async def settle(self) -> None:
-        """Waits for what the host is still being told."""
+        """Waits for what the host is still being asked and told."""
+        if self._asking is not None and not self._asking.done():
+            await asyncio.wait([self._asking])
         while self._host_calls is not None and not self._host_calls.done():
             await asyncio.wait([self._host_calls])
 

@@ -15,8 +15,12 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Protocol
 
+import structlog
+
 from baton.kvtransfer.errors import RemoteProtocolError
 from baton.kvtransfer.transport.frames import HEADER_BYTES, MAX_BODY_BYTES, FrameKind, Header, pack_text, parse_header
+
+_log = structlog.get_logger(__name__)
 
 # Bytes moved in one callback: about 0.2 ms of copying in the kernel.
 _TURN_BYTES = 1024 * 1024
@@ -227,6 +231,9 @@ class FrameStream:
             self._lose(f"receiving failed: {error.strerror or error}")
         except RemoteProtocolError as error:
             self.refuse(error)
+        except Exception:  # a mistake of ours: where the next frame begins is unknown now
+            _log.exception("kv_frame_failed")
+            self._lose("handling a frame failed")
 
     def _read_some(self, max_bytes: int) -> int | None:
         """Reads what one system call gives and acts on it. None: the stream is paused or over."""
