@@ -75,8 +75,8 @@ check-chart:
 bench: $(VENV)/.dev ## benchmarks: a table, and JSON in bench-results/
 	$(BIN)/python -P -m baton.load.bench $(ARGS)
 
-gpu-check: $(VENV)/.dev ## the kernel tests that need a CUDA GPU
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels -m gpu $(ARGS)
+gpu-check: $(VENV)/.dev ## kernels on a CUDA GPU: compared with their references, then timed; ARGS="--tune"
+	$(BIN)/python -P -m baton.kernels.gpu_check $(ARGS)
 
 proto: $(VENV)/.dev ## generate proto/gen/ from proto/baton/
 	PYTHON=$(BIN)/python proto/generate.sh

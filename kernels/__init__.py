@@ -4,6 +4,7 @@
 """
 
 from baton.kernels.activation import gelu, gelu_and_mul, silu_and_mul
+from baton.kernels.cpu import keep_freed_memory, num_threads, set_num_threads
 from baton.kernels.decode_attention import decode_attention
 from baton.kernels.decode_plan import DecodePlan, plan_decode
 from baton.kernels.kv_blocks import gather_blocks, scatter_blocks
@@ -27,7 +28,9 @@ __all__ = [
     "gather_blocks",
     "gelu",
     "gelu_and_mul",
+    "keep_freed_memory",
     "layer_norm",
+    "num_threads",
     "pack_linear",
     "plan_decode",
     "prefill_attention",
@@ -36,6 +39,7 @@ __all__ = [
     "sample",
     "scatter_blocks",
     "set_backend",
+    "set_num_threads",
     "silu_and_mul",
     "store_kv",
     "use_backend",

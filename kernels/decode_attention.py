@@ -16,15 +16,15 @@ Dao et al., "Flash-Decoding for long-context inference", 2023.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from baton.kernels.attention_tile import LOG2_E, visit_keys
 from baton.kernels.decode_plan import DecodeGroup, DecodePlan, plan_decode
 from baton.kernels.launch import cdiv, dot_dtype, jit, next_power_of_2, select, tl
-from baton.kernels.paging import attention_dtype, gather_tokens
+from baton.kernels.paging import gather_tokens
 from baton.kernels.tuning import attention_tiles, target_programs
 
 __all__ = ["decode_attention", "decode_attention_ref"]
@@ -61,41 +61,11 @@ def _reference(*args: Any) -> torch.Tensor:
 
 
 def _gather_group(cache: torch.Tensor, group: DecodeGroup, dtype: torch.dtype) -> torch.Tensor:
-    """A group's keys or values, [n, num_columns, num_kv_heads, head_dim]."""
-    blocks = cache.index_select(0, group.block_ids).to(dtype)
-    return blocks.view(len(group.rows), -1, *cache.shape[2:])[:, : group.num_columns]
-
-
-def _attend_group(
-    q: torch.Tensor,  # [n, num_kv_heads, queries per KV head, head_dim], scaled
-    k: torch.Tensor,  # [n, num_columns, num_kv_heads, head_dim]
-    v: torch.Tensor,  # [n, num_columns, num_kv_heads, head_dim]; its masked columns are overwritten
-    masks: tuple[tuple[int, torch.Tensor], ...],
-) -> torch.Tensor:  # like q
-    """Two batched matrix products with a softmax between.
-
-    Torch's product takes one batch dimension and copies its operands to get it, so the longer of sequences and KV heads
-    is the batch and the shorter a loop: reading strided operands costs nothing, copying the keys would double the work.
-    """
-    n, num_kv_heads, num_queries, head_dim = q.shape
-    over_heads = n >= num_kv_heads
-    queries, keys, values = q, k.transpose(1, 2), v.transpose(1, 2)  # [n, num_kv_heads, ...]
-    if over_heads:
-        queries, keys, values = (t.transpose(0, 1) for t in (queries.contiguous(), keys, values))
-    outer, inner = queries.shape[:2]
-    scores = torch.empty((outer, inner, num_queries, k.shape[1]), dtype=q.dtype, device=q.device)
-    for i in range(outer):
-        torch.bmm(queries[i], keys[i].transpose(1, 2), out=scores[i])
-    for first, mask in masks:
-        columns = slice(first, first + mask.shape[1])
-        per_sequence = mask[None, :, None] if over_heads else mask[:, None, None]
-        scores[..., columns].masked_fill_(per_sequence, -math.inf)
-        v[:, columns].masked_fill_(mask[..., None, None], 0)
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    out = torch.empty((outer, inner, num_queries, head_dim), dtype=q.dtype, device=q.device)
-    for i in range(outer):
-        torch.bmm(probabilities[i], values[i], out=out[i])
-    return out.transpose(0, 1) if over_heads else out
+    """A group's keys or values, [n, num_kv_heads, num_columns, head_dim] over a copy; zeros where nothing was stored."""
+    tokens = cache.index_select(0, group.block_ids).to(dtype).flatten(0, 1)
+    if group.stale is not None:
+        tokens.index_fill_(0, group.stale, 0)
+    return tokens.view(group.num_rows, -1, *cache.shape[2:])[:, : group.num_columns].transpose(1, 2)
 
 
 def _decode_attention_torch(
@@ -108,26 +78,35 @@ def _decode_attention_torch(
     sliding_window: int | None = None,
     plan: DecodePlan | None = None,
 ) -> torch.Tensor:
+    """Torch's fused attention once per group of the plan.
+
+    The query heads that share a KV head go in as that head's queries: they see the same keys, so nothing is expanded
+    and each key is read once. On CPU in float32 whatever the dtype: one token's products are bound by calls and memory,
+    and the 16-bit ones cost more calls.
+    """
     if plan is None or plan.sliding_window != sliding_window:
         plan = plan_decode(block_tables, seq_lens, k_cache.shape[1], sliding_window)
+    batch, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
-    dtype = attention_dtype(q)
-    grouped_heads = (num_kv_heads, q.shape[1] // num_kv_heads, q.shape[2])
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if plan.has_empty_rows:
-        out.zero_()
+    dtype = torch.float32 if q.device.type == "cpu" else q.dtype
+    queries = q.to(dtype).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = None
     for group in plan.groups:
-        n = len(group.rows)
-        whole = n == len(q)  # rows of a group are in ascending order
-        queries = (q if whole else q.index_select(0, group.rows)).to(dtype) * scale
-        k = _gather_group(k_cache, group, dtype)
-        v = _gather_group(v_cache, group, dtype)
-        result = _attend_group(queries.view(n, *grouped_heads), k, v, group.masks)
+        whole = group.num_rows == batch  # rows of a group are in ascending order
+        result = F.scaled_dot_product_attention(
+            queries if whole else queries.index_select(0, group.rows),
+            _gather_group(k_cache, group, dtype),
+            _gather_group(v_cache, group, dtype),
+            attn_mask=None if group.bias is None else group.bias.to(dtype),
+            scale=scale,
+        )
+        result = result.reshape(group.num_rows, num_heads, head_dim).to(q.dtype)
         if whole:
-            out.view(n, *grouped_heads).copy_(result)
-        else:
-            out.index_copy_(0, group.rows, result.reshape(n, *q.shape[1:]).to(q.dtype))
-    return out
+            return result
+        if out is None:
+            out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        out.index_copy_(0, group.rows, result)
+    return torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out
 
 
 @jit

@@ -25,11 +25,14 @@ _MAX_GROUP_TOKENS = 8192
 class DecodeGroup:
     """Sequences whose attention is computed as one batch; n of them, over num_columns keys each."""
 
+    num_rows: int
     rows: torch.Tensor  # [n] int64: rows of the batch
     block_ids: torch.Tensor  # [n * blocks per sequence] int64
     num_columns: int
-    # Columns that are not some sequence's own keys: (first column, [n, columns] True where to be left out).
-    masks: tuple[tuple[int, torch.Tensor], ...]
+    # Rows of the gathered blocks' tokens that no token was stored in, to be zeroed; None where there are none.
+    stale: torch.Tensor | None  # [*] int64
+    # What is added to the scores, -inf in the columns that a sequence does not see; None where all see all.
+    bias: torch.Tensor | None  # [n, 1, 1, num_columns] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,6 @@ class DecodePlan:
 
     groups: tuple[DecodeGroup, ...]
     sliding_window: int | None
-    has_empty_rows: bool  # rows with seq_len 0: padding of the batch
 
 
 def plan_decode(
@@ -61,21 +63,26 @@ def plan_decode(
     for rows in _cut(ends):
         num_columns = int(ends[rows].max())
         num_blocks = -(-num_columns // block_size)
-        columns = first_blocks[rows, None] + np.arange(num_blocks)
-        # Beyond a shorter sequence's end its table holds anything: read its first block again, to be masked.
-        used = columns < -(-lengths[rows, None] // block_size)
-        block_ids = tables[rows[:, None], np.where(used, columns, first_blocks[rows, None])]
+        # Beyond a shorter sequence's end its table holds anything: read its first block again, which is finite.
+        wanted = first_blocks[rows, None] + np.arange(num_blocks)
+        block_indices = np.where(wanted * block_size < lengths[rows, None], wanted, first_blocks[rows, None])
+        block_ids = tables[rows[:, None], block_indices].astype(np.int64)
+        positions = block_indices[:, :, None] * block_size + np.arange(block_size)
+        stale = positions >= lengths[rows, None, None]
+        stale.reshape(len(rows), -1)[:, num_columns:] = False  # never looked at
+        columns = np.arange(num_columns)
+        unseen = (columns < leads[rows, None]) | (columns >= ends[rows, None])
         groups.append(
             DecodeGroup(
+                num_rows=len(rows),
                 rows=torch.from_numpy(rows).to(device),
-                block_ids=torch.from_numpy(block_ids.astype(np.int64).ravel()).to(device),
+                block_ids=torch.from_numpy(block_ids.ravel()).to(device),
                 num_columns=num_columns,
-                masks=tuple(
-                    (first, torch.from_numpy(mask).to(device)) for first, mask in _masks(leads[rows], ends[rows])
-                ),
+                stale=torch.from_numpy(np.flatnonzero(stale)).to(device) if stale.any() else None,
+                bias=_bias(unseen).to(device) if unseen.any() else None,
             )
         )
-    return DecodePlan(tuple(groups), sliding_window, has_empty_rows=bool((lengths == 0).any()))
+    return DecodePlan(tuple(groups), sliding_window)
 
 
 def _cut(num_columns: np.ndarray) -> list[np.ndarray]:
@@ -98,11 +105,5 @@ def _cut(num_columns: np.ndarray) -> list[np.ndarray]:
     return groups
 
 
-def _masks(leads: np.ndarray, ends: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Where a group's columns are not keys to be seen: before the window at the front, padding at the back."""
-    masks = []
-    if leads.any():
-        masks.append((0, np.arange(leads.max()) < leads[:, None]))
-    if ends.min() < ends.max():
-        masks.append((int(ends.min()), np.arange(ends.min(), ends.max()) >= ends[:, None]))
-    return masks
+def _bias(unseen: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.where(unseen, np.float32(-np.inf), np.float32(0)))[:, None, None]

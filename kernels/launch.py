@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 __all__ = [
+    "COMPILES",
     "HAS_TRITON",
     "INTERPRETED",
     "Backend",
@@ -52,7 +53,7 @@ class Backend(StrEnum):
     REFERENCE = "reference"
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}  # as Triton reads it
 
 try:
     import triton
@@ -61,7 +62,7 @@ except ImportError:
     triton = tl = None  # annotations are never evaluated, so any object serves as the language module
 
 HAS_TRITON: bool = triton is not None
-_COMPILES = HAS_TRITON and not INTERPRETED and (torch.version.cuda is not None or torch.version.hip is not None)
+COMPILES = HAS_TRITON and not INTERPRETED and (torch.version.cuda is not None or torch.version.hip is not None)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
@@ -74,7 +75,7 @@ def _checked(name: str) -> Backend:
         backend = Backend(name)
     except ValueError:
         raise ValueError(f"BATON_KERNELS is {name!r}; expected one of {', '.join(Backend)}") from None
-    if backend is Backend.TRITON and not (_COMPILES or (HAS_TRITON and INTERPRETED)):
+    if backend is Backend.TRITON and not (COMPILES or (HAS_TRITON and INTERPRETED)):
         raise ValueError(
             "BATON_KERNELS is 'triton', but Triton cannot run here: it needs the triton package and a CUDA or ROCm "
             "build of torch, or TRITON_INTERPRET=1 in the environment"
@@ -108,7 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
 def select(device: torch.device, *, torch_path: Op, triton_path: Op, reference: Op) -> Op:
     """The implementation to run for tensors on ``device``."""
     if _backend is Backend.AUTO:
-        return triton_path if _COMPILES and device.type == "cuda" else torch_path
+        return triton_path if COMPILES and device.type == "cuda" else torch_path
     if _backend is Backend.TRITON:
         return triton_path
     return reference if _backend is Backend.REFERENCE else torch_path

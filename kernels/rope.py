@@ -54,34 +54,39 @@ def rotary_embedding_ref(
 
 
 def _rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    num_tokens, num_heads, head_dim = x.shape
     half = cos.shape[-1]
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=torch.float32, device=x.device)
-    first, second = x[..., :half], x[..., half : 2 * half]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    if 2 * half < head_dim:
-        out[..., 2 * half :] = x[..., 2 * half :]
-    return out.to(x.dtype)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if x.shape[-1] == 2 * half:
+        (first, second), (first_out, second_out) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    else:
+        sizes = [half, half, x.shape[-1] - 2 * half]
+        first, second, rest = torch.split(x, sizes, dim=-1)
+        first_out, second_out, rest_out = torch.split(out, sizes, dim=-1)
+        rest_out.copy_(rest)
+    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=second_out).addcmul_(first, sin)
+    return out if x.dtype is torch.float32 else out.to(x.dtype)
 
 
 def _adjacent_heads(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     """Queries and keys as one [T, num_heads + num_kv_heads, head_dim] view, where they are slices of one projection."""
     num_tokens, num_heads, head_dim = q.shape
-    if (
-        q.stride() != k.stride()
-        or q.stride()[1:] != (head_dim, 1)
-        or k.data_ptr() != q.data_ptr() + num_heads * head_dim * q.element_size()
-        or q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr()
-    ):
+    strides = q.stride()
+    if strides != k.stride() or strides[1:] != (head_dim, 1):
         return None
-    return q.as_strided((num_tokens, num_heads + k.shape[1], head_dim), q.stride())
+    if k.data_ptr() != q.data_ptr() + num_heads * head_dim * q.element_size():
+        return None
+    num_both = num_heads + k.shape[1]
+    end = q.storage_offset() + (num_tokens - 1) * strides[0] + num_both * head_dim
+    if end * q.element_size() > q.untyped_storage().nbytes():
+        return None  # two tensors that happen to be neighbours in memory
+    return q.as_strided((num_tokens, num_both, head_dim), strides)
 
 
 def _rotary_embedding_torch(
     q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = cos_sin.index_select(0, positions).float().unsqueeze(1).chunk(2, dim=-1)
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
     both = _adjacent_heads(q, k)
     if both is None:
         return _rotate_torch(q, cos, sin), _rotate_torch(k, cos, sin)

@@ -28,13 +28,13 @@ def pick(device: str) -> str:
     ],
 )
 def test_each_backend_selects_its_path(backend: str, on_cpu: str, on_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_COMPILES", True)
+    monkeypatch.setattr(launch, "COMPILES", True)
     with use_backend(backend):
         assert (pick("cpu"), pick("cuda")) == (on_cpu, on_gpu)
 
 
 def test_without_triton_a_gpu_takes_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_COMPILES", False)
+    monkeypatch.setattr(launch, "COMPILES", False)
     with use_backend("auto"):
         assert pick("cuda") == "torch"
 
