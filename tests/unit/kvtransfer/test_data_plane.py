@@ -349,6 +349,29 @@ async def test_slots_are_quarantined_while_a_write_can_still_land(transport: str
         source.close()
 
 
+async def test_copies_that_have_not_begun_are_not_begun_after_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.kvtransfer.transport.shm._MAX_BATCHES", 1)
+    memory = GatedMemory(16, BLOCK)
+    async with running("decode-0", memory=memory) as node, raw_peer(node) as peer:
+        source = HostBlockMemory(4, BLOCK)
+        source.rows.row(1)[:] = data_for(1)[1]
+        await peer.shake_hands("shm", Offer(host_id(), source.shared))
+        handoff = peer.handoff()
+        grant = await peer.reserve(handoff, NAMES)
+        before = node.contents()
+        connection = await peer.connect()
+        for slot in grant.slots[:2]:
+            entries = [BlockEntry(slot, source.rows.checksum(1), 1)]
+            await connection.send(frames.pack_blocks(FrameKind.BLOCK_REFS, handoff.digest, grant.token, entries, BLOCK))
+        await eventually(lambda: memory.landing.is_set() and node.agent._context.transports["shm"]._arrivals)  # type: ignore[attr-defined]
+        await peer.abort(handoff)
+        memory.gate.set()
+        await eventually(lambda: (handoff.key, TransferCode.ABORTED, True) in node.host.releases)
+        changed = {block_id for block_id, content in enumerate(node.contents()) if content != before[block_id]}
+        assert changed == {grant.slots[0].block_id}
+        source.close()
+
+
 async def test_what_still_comes_in_after_an_abort_goes_nowhere() -> None:
     """Half a block is in its slot when the handoff is aborted: the other half must not follow it there."""
     async with running("decode-0") as node, raw_peer(node) as peer:

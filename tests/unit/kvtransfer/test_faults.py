@@ -23,7 +23,7 @@ from helpers.kv_raw_peer import RawPeer, raw_peer
 from helpers.waiting import eventually
 
 from baton.kvtransfer.errors import TransferCode, TransferError
-from baton.kvtransfer.messages import Reserve
+from baton.kvtransfer.messages import LeaseExpired, Reserve
 from baton.kvtransfer.transport import frames
 
 BLOCK = LAYOUT.block_bytes
@@ -167,7 +167,7 @@ async def test_an_expired_lease_frees_the_slots_and_everything_later_is_refused(
 async def test_heartbeats_keep_a_lease_for_as_long_as_it_takes() -> None:
     clock = Clock()
     async with (
-        running("prefill-0", options=options(heartbeat_s=0.02)) as sender,
+        running("prefill-0", options=options(heartbeat_s=0.02), clock=clock) as sender,
         running("decode-0", clock=clock) as receiver,
     ):
         prompt = Prompt([1])
@@ -177,14 +177,14 @@ async def test_heartbeats_keep_a_lease_for_as_long_as_it_takes() -> None:
         for _ in range(10):
             clock.now += 10.0
             receiver.agent.tick()
+            sender.agent.tick()
             deadline = clock.now + 15.0
-            await eventually(lambda deadline=deadline: receiving._machine._timers and max_lease(receiving) == deadline)
+            for machine in (receiving._machine, handoff._machine):
+                await eventually(
+                    lambda machine=machine, deadline=deadline: machine._timers.get(LeaseExpired) == deadline
+                )
         handoff.blocks_ready(prompt.all_ready)
         await handoff.commit(FIRST_TOKEN)
-
-
-def max_lease(receiving: Any) -> float:
-    return max(when for kind, when in receiving._machine._timers.items() if kind.__name__ == "LeaseExpired")
 
 
 async def test_a_sender_hears_from_the_heartbeat_that_its_handoff_is_gone() -> None:
@@ -284,6 +284,13 @@ async def test_the_memory_of_a_sender_that_died_is_let_go() -> None:
             assert pair.source is not None
         await eventually(lambda: not receiver.agent._receiving._pairs)
         assert pair.source is None
+
+
+async def test_a_sender_that_shakes_hands_and_is_never_heard_of_again_is_let_go() -> None:
+    async with running("decode-0", options=options(limits={"lease_s": 0.05})) as receiver, raw_peer(receiver) as peer:
+        await peer.shake_hands()
+        assert len(receiver.agent._receiving._pairs) == 1
+        await eventually(lambda: not receiver.agent._receiving._pairs)
 
 
 async def test_an_idle_pair_stays_while_it_is_connected() -> None:

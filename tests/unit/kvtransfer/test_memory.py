@@ -8,7 +8,7 @@ import fcntl
 import mmap
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -50,6 +50,19 @@ def test_rows_are_copied_where_they_belong_and_the_checksum_is_of_the_copy(
     checksums = target.copy_from(source, pairs)
     assert {row: bytes(target.row(row)) for row in range(6)} == expected
     assert checksums == [xxhash.xxh3_64_intdigest(expected[to]) for _, to in pairs]
+
+
+def test_a_source_that_changes_after_it_was_copied_does_not_change_the_checksum() -> None:
+    source, target = make_rows(1, 5000, 1), make_rows(1, 5000, 2)
+    copied = source.checksum(0)
+
+    class Reused(Rows):
+        def checksums(self, indices: Iterable[int]) -> list[int]:
+            source.row(0)[:] = bytes(5000)
+            return super().checksums(indices)
+
+    source.__class__ = target.__class__ = Reused
+    assert target.copy_from(source, [(0, 0)]) == [copied]
 
 
 def test_a_row_of_shared_memory_cannot_be_written_by_the_peer() -> None:
