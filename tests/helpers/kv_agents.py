@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
+import pytest
 
 from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.errors import TransferCode, TransferError
@@ -206,3 +207,13 @@ def assert_arrived(sender: Node, receiver: Node, prompt: Prompt) -> None:
     slots = receiver.host.slots[prompt.key]
     for slot in slots:
         assert receiver.block(slot.block_id) == sender.block(prompt.block_ids[slot.index])
+
+
+each_transport = pytest.mark.parametrize("transport", ["tcp", "shm"])
+
+
+async def failure_of(sender: Node, receiver: Node, prompt: Prompt) -> TransferError:
+    with pytest.raises(TransferError) as caught:
+        await hand_over(sender, receiver, prompt)
+    assert prompt.done == [caught.value]
+    return caught.value
