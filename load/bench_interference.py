@@ -18,9 +18,9 @@ from baton.load.sse import stream_token_times
 
 NUM_STREAMS = 4
 PROMPT_TOKENS = 2048
-# One prompt takes about 2 s of a core: at one in 6 s the prefill pool is used, not flooded.
+# The next prompt comes when the one before has its first token, and this long after it at the earliest.
 PROMPT_EVERY_S = 6.0
-NUM_PROMPTS = 4
+NUM_PROMPTS = 3
 
 
 def bench_interference() -> list[Row]:
