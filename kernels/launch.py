@@ -10,7 +10,8 @@ be fast on CPU, and a Triton kernel. ``BATON_KERNELS`` chooses between them:
 ``reference``  the references
 =============  =======================================================================================
 
-Triton need not be installed: without it the kernels are plain functions that nothing calls.
+Triton need not be installed: without it the kernels are plain functions that nothing calls. It launches on the current
+CUDA device, which must be the one of the tensors.
 """
 
 from __future__ import annotations
