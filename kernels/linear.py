@@ -7,7 +7,7 @@ picks, for a weight's dtype and this CPU, what ``RESULTS.md`` shows to be the fa
 ==================================  ==================================================================================
 float32, or a 16-bit dtype the CPU  oneDNN with the weight packed (replaces the plain copy of it)
 multiplies natively
-other 16-bit dtypes                 one row: the plain product, which is bound by reading the weight; more rows: the
+other 16-bit dtypes                 one or two rows: the plain product, bound by reading the weight; more rows: the
                                     weight is widened to float32 tile by tile, so that memory stays that of 16 bits
 a weight that is not on a CPU       ``torch.nn.functional.linear``
 ==================================  ==================================================================================
@@ -31,6 +31,7 @@ Linear = Callable[[torch.Tensor], torch.Tensor]  # [..., in_features] -> [..., o
 
 # Of a widened tile: 2 MiB of float32, which stays in L2 or L3 between widening and multiplying.
 _TILE_ELEMENTS = 1 << 19
+_MAX_PLAIN_ROWS = 2
 
 
 def pack_linear(
@@ -71,7 +72,7 @@ def _widened(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, in_features)
-        if rows.shape[0] <= 1:
+        if rows.shape[0] <= _MAX_PLAIN_ROWS:
             return F.linear(x, weight, bias)
         wide = rows.float()
         out = torch.empty((rows.shape[0], out_features), dtype=torch.float32)
