@@ -73,10 +73,19 @@ async def test_a_request_runs_to_its_end() -> None:
 
 async def test_a_call_returns_or_raises_what_the_step_thread_did() -> None:
     async with running() as loop:
-        await loop.add("a", max_tokens=60)
+        loop.engine.gate.clear()
+        await loop.add("in step", max_tokens=1)
+        await eventually(loop.engine.is_in_step.is_set)
+        calls = [  # all made during one step, so that no step comes between them
+            loop.steps.call(lambda scheduler: scheduler.add(make_request("a", 5))),
+            loop.steps.call(lambda scheduler: scheduler.add(make_request("a", 5))),
+            loop.steps.call(lambda scheduler: scheduler.abort("a")),
+        ]
+        loop.engine.gate.set()
+        assert await calls[0] is None
         with pytest.raises(BatonError, match="already on this worker"):
-            await loop.steps.call(lambda scheduler: scheduler.add(make_request("a", 5)))
-        assert (await loop.steps.call(lambda scheduler: scheduler.abort("a"))) is not None
+            await calls[1]
+        assert (await calls[2]) is not None
 
 
 async def test_a_posted_call_that_raises_stops_nothing() -> None:
