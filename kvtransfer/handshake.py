@@ -10,8 +10,7 @@ from baton.kvtransfer import messages as m
 from baton.kvtransfer.errors import Incompatible, TransferError
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility
-from baton.kvtransfer.rows import Rows
-from baton.kvtransfer.transport.base import Offer, Transport
+from baton.kvtransfer.transport.base import Offer, Source, Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class PeerClient(Protocol):
     async def close(self) -> None: ...
 
 
-def choose_transport(theirs: Handshake, ours: Mapping[str, Transport]) -> tuple[Transport, Rows | None]:
+def choose_transport(theirs: Handshake, ours: Mapping[str, Transport]) -> tuple[Transport, Source | None]:
     """The sender's best transport that also works from here, and the sender's rows where it gives access to them.
 
     Raises Incompatible with the reason why each of them does not.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import structlog
@@ -13,8 +13,8 @@ from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.handshake import Handshake, HandshakeReply, PeerClient
 from baton.kvtransfer.identity import HandoffId, WorkerIdentity, pair_digest
-from baton.kvtransfer.mapping import host_id
-from baton.kvtransfer.transport.base import Offer
+from baton.kvtransfer.mapping import SharedMemory, host_id
+from baton.kvtransfer.transport.base import Offer, Transport
 from baton.kvtransfer.transport.outlet import Outlet
 
 _log = structlog.get_logger(__name__)
@@ -176,9 +176,12 @@ class OutgoingPairs:
         context = self._context
         client = context.connect(address)
         try:
-            shared = next((offer for offer in (t.offer() for t in context.transports.values()) if offer), None)
             ours = Handshake(
-                context.identity, receiver, context.compatibility, tuple(context.transports), Offer(host_id(), shared)
+                context.identity,
+                receiver,
+                context.compatibility,
+                tuple(context.transports),
+                _offer(context.transports.values()),
             )
             pair = OutgoingPair(context, receiver, client, await client.handshake(ours), self._discard)
             # At once: an address that cannot be reached is found out before anybody waits for blocks.
@@ -229,6 +232,13 @@ class OutgoingPairs:
 def _is_spent(task: asyncio.Task[OutgoingPair]) -> bool:
     """It failed, or what it made is closed."""
     return task.done() and (task.cancelled() or task.exception() is not None or task.result().is_closed)
+
+
+def _offer(transports: Iterable[Transport]) -> Offer:
+    """What the receiver must know for each of the transports."""
+    offers = {transport.name: transport.offer() for transport in transports}
+    shared = next((offer for offer in offers.values() if isinstance(offer, SharedMemory)), None)
+    return Offer(host_id(), shared, {name: offer for name, offer in offers.items() if isinstance(offer, bytes)})
 
 
 def _split_address(address: str) -> tuple[str, int]:

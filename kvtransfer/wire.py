@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from baton.api.common.v1 import common_pb2
 from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
 from baton.kvtransfer import messages as m
@@ -16,6 +18,7 @@ _MAX_REQUEST_ID_CHARS = 256
 _MAX_IDENTITY_CHARS = 64
 _MAX_REASON_CHARS = 1000
 _MAX_TRANSPORTS = 16
+_MAX_TICKET_BYTES = 64 * 1024
 TOKEN_BYTES = 32
 DIGEST_BYTES = 16
 
@@ -101,6 +104,7 @@ def handshake_to_wire(handshake: Handshake) -> pb.HandshakeRequest:
         compatibility=compatibility_to_wire(handshake.compatibility),
         transports=handshake.transports,
         host_id=handshake.offer.host_id,
+        offers=[pb.TransportOffer(transport=name, data=data) for name, data in handshake.offer.tickets.items()],
         shared_memory=None
         if shared is None
         else pb.SharedMemory(pid=shared.pid, fd=shared.fd, num_bytes=shared.num_bytes, nonce=shared.nonce),
@@ -117,7 +121,16 @@ def handshake_from_wire(wire: pb.HandshakeRequest) -> Handshake:
     _need(len(wire.transports) <= _MAX_TRANSPORTS, "transports", f"{len(wire.transports)}, at most {_MAX_TRANSPORTS}")
     sender, receiver = endpoints_from_wire(wire.endpoints)
     compatibility = compatibility_from_wire(wire.compatibility)
-    return Handshake(sender, receiver, compatibility, tuple(wire.transports), Offer(wire.host_id, shared))
+    offer = Offer(wire.host_id, shared, _tickets_from_wire(wire.offers))
+    return Handshake(sender, receiver, compatibility, tuple(wire.transports), offer)
+
+
+def _tickets_from_wire(offers: Sequence[pb.TransportOffer]) -> dict[str, bytes]:
+    _need(len(offers) <= _MAX_TRANSPORTS, "offers", f"{len(offers)}, at most {_MAX_TRANSPORTS}")
+    for offer in offers:
+        size = len(offer.data)
+        _need(0 < size <= _MAX_TICKET_BYTES, "offers.data", f"{size} bytes, not 1 to {_MAX_TICKET_BYTES}")
+    return {offer.transport: offer.data for offer in offers}
 
 
 def handshake_reply_to_wire(reply: HandshakeReply, receiver: WorkerIdentity) -> pb.HandshakeResponse:

@@ -2,18 +2,17 @@
 
 Blocks are announced in frames on one data-plane connection per pair of workers, whatever moves their bytes. A transport says
 how an announced block gets from the sender's rows into the receiver's: following the frame inline (``tcp``), or taken by the
-receiver out of memory that it can reach (``shm``). Its verbs: ``offer`` and ``attach`` for the handshake, ``land`` and ``stop``
-for blocks, ``close``.
+receiver out of memory that it can reach (``shm``). Its verbs: ``offer``, ``attach`` and ``detach`` for the pair, ``land`` and
+``stop`` for blocks, ``close``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from baton.kvtransfer.mapping import SharedMemory
-from baton.kvtransfer.rows import Rows
 from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
 from baton.kvtransfer.transport.stream import Payload
 
@@ -24,6 +23,15 @@ class Offer:
 
     host_id: str
     shared: SharedMemory | None
+    tickets: Mapping[str, bytes] = field(
+        default_factory=dict
+    )  # transport -> what its ``attach`` needs, in its own format
+
+
+class Source(Protocol):
+    """The sender's rows, as the receiver reaches them."""
+
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,7 @@ class Arrival:
     fence: bytes
     entries: Sequence[BlockEntry]
     allowed: set[int]  # indices that may land; the others' bytes are dropped
-    source: Rows | None  # the sender's rows, where ``attach`` gave some
+    source: Source | None  # the sender's rows, where ``attach`` gave some
     resume: Callable[[], None]  # the stream may go on reading
     ended: Callable[[Landed], None] = field(repr=False)  # on the event loop; every allowed index once, in any grouping
 
@@ -54,15 +62,19 @@ class Transport(Protocol):
     kind: ClassVar[FrameKind]  # of the frames that announce its blocks
     is_inline: ClassVar[bool]  # their bytes follow the frame; else the sender keeps its rows until the verdict
 
-    def offer(self) -> SharedMemory | None:
-        """Sender: what the receiver needs to know to ``attach``."""
+    def offer(self) -> SharedMemory | bytes | None:
+        """Sender: what the receiver needs to know to ``attach``. Bytes come back in ``Offer.tickets``."""
         ...
 
-    def attach(self, offer: Offer) -> Rows | None:
+    def attach(self, offer: Offer) -> Source | None:
         """Receiver: makes sure that blocks can come this way, and returns the rows they are taken from, if they are.
 
-        Raises TransferError with the reason why not.
+        What the sender says is checked here, before anything is opened or taken. Raises TransferError with the reason why not.
         """
+        ...
+
+    def detach(self, source: Source) -> None:
+        """Receiver: the pair is over. Lets go of what ``attach`` gave, once nothing lands from it any more."""
         ...
 
     def land(self, arrival: Arrival) -> Payload | None:

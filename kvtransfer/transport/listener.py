@@ -17,8 +17,7 @@ import structlog
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.identity import WorkerIdentity, pair_digest
 from baton.kvtransfer.options import TransferOptions
-from baton.kvtransfer.rows import Rows
-from baton.kvtransfer.transport.base import Transport
+from baton.kvtransfer.transport.base import Source, Transport
 from baton.kvtransfer.transport.frames import FrameKind, Header, pack_text, pack_verdicts
 from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
 
@@ -35,7 +34,12 @@ class IncomingPair:
     """What the receiver agreed on with one sender process in the handshake."""
 
     def __init__(
-        self, sender: WorkerIdentity, receiver: WorkerIdentity, transport: Transport, source: Rows | None, token: bytes
+        self,
+        sender: WorkerIdentity,
+        receiver: WorkerIdentity,
+        transport: Transport,
+        source: Source | None,
+        token: bytes,
     ):
         self.sender = sender
         self.fence = pair_digest(sender, receiver)
@@ -53,7 +57,9 @@ class IncomingPair:
             self.expiry.cancel()
         for inlet in list(self.inlets):
             inlet.close()
-        self.source = None
+        source, self.source = self.source, None
+        if source is not None:
+            self.transport.detach(source)
 
 
 class InletEvents(Protocol):

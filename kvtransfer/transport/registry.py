@@ -12,6 +12,12 @@ from baton.kvtransfer.transport.base import Transport
 Factory = Callable[[BlockMemory, Executor], Transport]
 
 
+def _inproc() -> Factory:
+    from baton.kvtransfer.transport.inproc import InprocTransport
+
+    return InprocTransport
+
+
 def _shm() -> Factory:
     from baton.kvtransfer.transport.shm import ShmTransport
 
@@ -24,7 +30,7 @@ def _tcp() -> Factory:
     return TcpTransport
 
 
-_FACTORIES: dict[str, Callable[[], Factory]] = {"shm": _shm, "tcp": _tcp}
+_FACTORIES: dict[str, Callable[[], Factory]] = {"inproc": _inproc, "shm": _shm, "tcp": _tcp}
 """Best first: the order in which a sender prefers them."""
 
 TRANSPORT_NAMES = tuple(_FACTORIES)

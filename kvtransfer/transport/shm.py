@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from concurrent.futures import Executor
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import structlog
 
@@ -18,7 +18,7 @@ from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.mapping import SharedMemory, host_id, open_mapping
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.rows import Rows
-from baton.kvtransfer.transport.base import Arrival, Landed, Offer
+from baton.kvtransfer.transport.base import Arrival, Landed, Offer, Source
 from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
 
 _log = structlog.get_logger(__name__)
@@ -31,33 +31,20 @@ _MAX_BATCHES = 6
 _INLINE_BYTES = 256 * 1024
 
 
-class ShmTransport:
-    """Copies blocks out of memory that a peer on this host shares."""
+class RowCopier:
+    """Lands blocks by copying them out of the sender's rows, which ``attach`` of a transport built on this gave."""
 
-    name: ClassVar[str] = "shm"
     kind: ClassVar[FrameKind] = FrameKind.BLOCK_REFS
     is_inline: ClassVar[bool] = False
 
     def __init__(self, memory: BlockMemory, executor: Executor) -> None:
-        if memory.shared is None:
-            raise TransferError(
-                TransferCode.INCOMPATIBLE, "shm: this platform has no memory that other processes can map"
-            )
         self._memory = memory
         self._executor = executor
         self._arrivals: deque[Arrival] = deque()
         self._copying: set[asyncio.Task[None]] = set()
 
-    def offer(self) -> SharedMemory | None:
-        return self._memory.shared
-
-    def attach(self, offer: Offer) -> Rows:
-        if not offer.host_id or offer.host_id != host_id():
-            raise TransferError(TransferCode.INCOMPATIBLE, f"shm: host {offer.host_id!r} there, {host_id()!r} here")
-        if offer.shared is None:
-            raise TransferError(TransferCode.INCOMPATIBLE, "shm: the peer does not say where its memory is")
-        num_rows = offer.shared.num_bytes // self._memory.block_bytes
-        return Rows(open_mapping(offer.shared), num_rows, self._memory.block_bytes)
+    def detach(self, source: Source) -> None:
+        pass  # unmapped when the last view of it is gone
 
     def land(self, arrival: Arrival) -> None:
         entries = _allowed(arrival)
@@ -111,9 +98,9 @@ class ShmTransport:
 
     def _copy(self, arrival: Arrival, entries: list[BlockEntry], rows: list[int]) -> Landed:
         """Blocks land in ``rows``, and from there in their blocks. Runs on any thread."""
-        assert arrival.source is not None
+        source = cast(Rows, arrival.source)
         pairs = [(entry.source_row, row) for entry, row in zip(entries, rows, strict=True)]
-        checksums = self._memory.rows.copy_from(arrival.source, pairs)
+        checksums = self._memory.rows.copy_from(source, pairs)
         judged = [
             (entry, row, entry.checksum == ours) for entry, row, ours in zip(entries, rows, checksums, strict=True)
         ]
@@ -123,6 +110,30 @@ class ShmTransport:
             landed=tuple((entry.slot.index, entry.checksum) for entry, _ in verified),
             corrupt=tuple(entry.slot.index for entry, _, is_right in judged if not is_right),
         )
+
+
+class ShmTransport(RowCopier):
+    """Copies blocks out of memory that a peer on this host shares."""
+
+    name: ClassVar[str] = "shm"
+
+    def __init__(self, memory: BlockMemory, executor: Executor) -> None:
+        if memory.shared is None:
+            raise TransferError(
+                TransferCode.INCOMPATIBLE, "shm: this platform has no memory that other processes can map"
+            )
+        super().__init__(memory, executor)
+
+    def offer(self) -> SharedMemory | None:
+        return self._memory.shared
+
+    def attach(self, offer: Offer) -> Rows:
+        if not offer.host_id or offer.host_id != host_id():
+            raise TransferError(TransferCode.INCOMPATIBLE, f"shm: host {offer.host_id!r} there, {host_id()!r} here")
+        if offer.shared is None:
+            raise TransferError(TransferCode.INCOMPATIBLE, "shm: the peer does not say where its memory is")
+        num_rows = offer.shared.num_bytes // self._memory.block_bytes
+        return Rows(open_mapping(offer.shared), num_rows, self._memory.block_bytes)
 
 
 def _report(batch: list[Arrival], results: list[Landed]) -> None:

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from baton.kvtransfer.mapping import SharedMemory
 from baton.kvtransfer.memory import BlockMemory
-from baton.kvtransfer.rows import Rows
-from baton.kvtransfer.transport.base import Arrival, Landed, Offer
+from baton.kvtransfer.transport.base import Arrival, Landed, Offer, Source
 from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
 
 _SINK = memoryview(bytearray(64 * 1024))
@@ -36,8 +35,11 @@ class TcpTransport:
     def offer(self) -> SharedMemory | None:
         return None
 
-    def attach(self, offer: Offer) -> Rows | None:
+    def attach(self, offer: Offer) -> Source | None:
         return None
+
+    def detach(self, source: Source) -> None:
+        pass
 
     def land(self, arrival: Arrival) -> _InlineBlocks:
         blocks = _InlineBlocks(self, arrival)

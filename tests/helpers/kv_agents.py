@@ -209,7 +209,9 @@ def assert_arrived(sender: Node, receiver: Node, prompt: Prompt) -> None:
         assert receiver.block(slot.block_id) == sender.block(prompt.block_ids[slot.index])
 
 
-each_transport = pytest.mark.parametrize("transport", ["tcp", "shm"])
+TRANSPORTS = ["tcp", "shm", "inproc"]
+
+each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 async def failure_of(sender: Node, receiver: Node, prompt: Prompt) -> TransferError:

@@ -210,9 +210,14 @@ async def test_a_failed_handshake_is_not_remembered() -> None:
 # Which way the bytes go.
 
 
-async def test_auto_takes_shared_memory_on_one_host() -> None:
+async def test_auto_takes_the_shortest_way_that_works() -> None:
     async with two_nodes("auto") as (sender, receiver):
-        assert sender.agent.transport_names == ("shm", "tcp")
+        assert sender.agent.transport_names == ("inproc", "shm", "tcp")
+        assert (await hand_over(sender, receiver, Prompt([1]))).transport == "inproc"
+
+
+async def test_shared_memory_is_next_on_one_host() -> None:
+    async with running("prefill-0") as sender, running("decode-0", transports=("shm", "tcp")) as receiver:
         assert (await hand_over(sender, receiver, Prompt([1]))).transport == "shm"
 
 
@@ -220,7 +225,11 @@ async def test_auto_falls_back_to_tcp_when_the_memory_is_not_what_was_announced(
     memory = HostBlockMemory(8, LAYOUT.block_bytes)
     assert memory.shared is not None
     memory.shared = dataclasses.replace(memory.shared, nonce=bytes(16))
-    async with running("prefill-0", memory=memory) as sender, running("decode-0") as receiver:
+    elsewhere = ("shm", "tcp")
+    async with (
+        running("prefill-0", memory=memory, transports=elsewhere) as sender,
+        running("decode-0", transports=elsewhere) as receiver,
+    ):
         assert (await hand_over(sender, receiver, Prompt([1]))).transport == "tcp"
 
 
@@ -231,7 +240,7 @@ async def test_an_explicit_transport_is_honoured_or_refused_with_the_reason() ->
     async with running("prefill-0", memory=memory, transports="shm") as sender, running("decode-0") as receiver:
         error = await failure_of(sender, receiver, Prompt([1]))
         assert error.code is TransferCode.INCOMPATIBLE
-        assert "no common transport: shm there, shm, tcp here; shared memory: /proc/" in error.message
+        assert "no common transport: shm there, inproc, shm, tcp here; shared memory: /proc/" in error.message
     async with running("prefill-0", transports="shm") as sender, running("decode-0", transports="tcp") as receiver:
         error = await failure_of(sender, receiver, Prompt([1]))
         assert error.message == "no common transport: shm there, tcp here"
@@ -240,6 +249,6 @@ async def test_an_explicit_transport_is_honoured_or_refused_with_the_reason() ->
 
 
 async def test_an_unknown_transport_is_refused_at_start() -> None:
-    with pytest.raises(TransferError, match="'carrier-pigeon' is not one of auto, shm, tcp"):
+    with pytest.raises(TransferError, match="'carrier-pigeon' is not one of auto, inproc, shm, tcp"):
         async with running("prefill-0", transports="carrier-pigeon"):
             pass

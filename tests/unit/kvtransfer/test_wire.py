@@ -37,6 +37,28 @@ def test_a_handshake_there_and_back(shared: SharedMemory | None) -> None:
     assert wire.handshake_reply_from_wire(wire.handshake_reply_to_wire(reply, kv.RECEIVER)) == reply
 
 
+def test_what_transports_need_travels_with_the_handshake() -> None:
+    tickets = {"inproc": b"n" * 16, "other": b"x" * 65536}
+    handshake = Handshake(kv.SENDER, kv.RECEIVER, COMPATIBILITY, ("inproc",), Offer("host", None, tickets))
+    assert wire.handshake_from_wire(wire.handshake_to_wire(handshake)) == handshake
+
+
+@pytest.mark.parametrize(
+    ("offers", "problem"),
+    [
+        ([pb.TransportOffer(transport="inproc")], "offers.data: 0 bytes, not 1 to 65536"),
+        ([pb.TransportOffer(transport="inproc", data=bytes(65537))], "offers.data: 65537 bytes, not 1 to 65536"),
+        ([pb.TransportOffer(transport="inproc", data=b"x")] * 17, "offers: 17, at most 16"),
+    ],
+)
+def test_offers_are_bounded(offers: list[pb.TransportOffer], problem: str) -> None:
+    handshake = Handshake(kv.SENDER, kv.RECEIVER, COMPATIBILITY, ("inproc",), Offer("host", None))
+    request = wire.handshake_to_wire(handshake)
+    request.offers.extend(offers)
+    with pytest.raises(ValueError, match=problem):
+        wire.handshake_from_wire(request)
+
+
 def test_messages_there_and_back() -> None:
     assert wire.reserve_from_wire(wire.reserve_to_wire(RESERVE)) == RESERVE
     assert wire.commit_from_wire(wire.commit_to_wire(COMMIT)) == COMMIT

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.api.common.v1 import common_pb2 as baton_dot_api_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(baton/api/kvtransfer/v1/kvtransfer.proto\x12\x17\x62\x61ton.api.kvtransfer.v1\x1a baton/api/common/v1/common.proto\"1\n\nHandoffKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"w\n\tEndpoints\x12\x33\n\x06sender\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\"(\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xe7\x01\n\x10HandshakeRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x39\n\rcompatibility\x18\x02 \x01(\x0b\x32\".baton.api.common.v1.Compatibility\x12\x12\n\ntransports\x18\x03 \x03(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12<\n\rshared_memory\x18\x05 \x01(\x0b\x32%.baton.api.kvtransfer.v1.SharedMemory\"I\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\xba\x01\n\x11HandshakeResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x04 \x01(\t\x12\x12\n\ndata_token\x18\x05 \x01(\x0c\"\xb9\x01\n\x0eReserveRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x13\n\x0b\x62lock_names\x18\x03 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x11\n\ttransport\x18\x05 \x01(\t\";\n\x04Slot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"_\n\x05Grant\x12,\n\x05slots\x18\x01 \x03(\x0b\x32\x1d.baton.api.kvtransfer.v1.Slot\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x16\n\x0etransfer_token\x18\x03 \x01(\x0c\"\x82\x01\n\x0fReserveResponse\x12/\n\x05grant\x18\x01 \x01(\x0b\x32\x1e.baton.api.kvtransfer.v1.GrantH\x00\x12\x33\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.RefusalH\x00\x42\t\n\x07outcome\"\xd9\x01\n\rCommitRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\x0c\x12/\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x1a.baton.api.common.v1.Token\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"T\n\x0e\x43ommitResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x0f\n\x07missing\x18\x02 \x03(\r\"\x99\x01\n\x0c\x41\x62ortRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"|\n\x10HeartbeatRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x31\n\x04live\x18\x02 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\"|\n\x11HeartbeatResponse\x12\x34\n\x07unknown\x18\x01 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x31\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal2\xec\x03\n\x11KVTransferService\x12\x62\n\tHandshake\x12).baton.api.kvtransfer.v1.HandshakeRequest\x1a*.baton.api.kvtransfer.v1.HandshakeResponse\x12\\\n\x07Reserve\x12\'.baton.api.kvtransfer.v1.ReserveRequest\x1a(.baton.api.kvtransfer.v1.ReserveResponse\x12Y\n\x06\x43ommit\x12&.baton.api.kvtransfer.v1.CommitRequest\x1a\'.baton.api.kvtransfer.v1.CommitResponse\x12V\n\x05\x41\x62ort\x12%.baton.api.kvtransfer.v1.AbortRequest\x1a&.baton.api.kvtransfer.v1.AbortResponse\x12\x62\n\tHeartbeat\x12).baton.api.kvtransfer.v1.HeartbeatRequest\x1a*.baton.api.kvtransfer.v1.HeartbeatResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(baton/api/kvtransfer/v1/kvtransfer.proto\x12\x17\x62\x61ton.api.kvtransfer.v1\x1a baton/api/common/v1/common.proto\"1\n\nHandoffKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"w\n\tEndpoints\x12\x33\n\x06sender\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\"(\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xa0\x02\n\x10HandshakeRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x39\n\rcompatibility\x18\x02 \x01(\x0b\x32\".baton.api.common.v1.Compatibility\x12\x12\n\ntransports\x18\x03 \x03(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12<\n\rshared_memory\x18\x05 \x01(\x0b\x32%.baton.api.kvtransfer.v1.SharedMemory\x12\x37\n\x06offers\x18\x06 \x03(\x0b\x32\'.baton.api.kvtransfer.v1.TransportOffer\"1\n\x0eTransportOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"I\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\xba\x01\n\x11HandshakeResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x04 \x01(\t\x12\x12\n\ndata_token\x18\x05 \x01(\x0c\"\xb9\x01\n\x0eReserveRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x13\n\x0b\x62lock_names\x18\x03 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x11\n\ttransport\x18\x05 \x01(\t\";\n\x04Slot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"_\n\x05Grant\x12,\n\x05slots\x18\x01 \x03(\x0b\x32\x1d.baton.api.kvtransfer.v1.Slot\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x16\n\x0etransfer_token\x18\x03 \x01(\x0c\"\x82\x01\n\x0fReserveResponse\x12/\n\x05grant\x18\x01 \x01(\x0b\x32\x1e.baton.api.kvtransfer.v1.GrantH\x00\x12\x33\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.RefusalH\x00\x42\t\n\x07outcome\"\xd9\x01\n\rCommitRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\x0c\x12/\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x1a.baton.api.common.v1.Token\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"T\n\x0e\x43ommitResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x0f\n\x07missing\x18\x02 \x03(\r\"\x99\x01\n\x0c\x41\x62ortRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"|\n\x10HeartbeatRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x31\n\x04live\x18\x02 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\"|\n\x11HeartbeatResponse\x12\x34\n\x07unknown\x18\x01 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x31\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal2\xec\x03\n\x11KVTransferService\x12\x62\n\tHandshake\x12).baton.api.kvtransfer.v1.HandshakeRequest\x1a*.baton.api.kvtransfer.v1.HandshakeResponse\x12\\\n\x07Reserve\x12\'.baton.api.kvtransfer.v1.ReserveRequest\x1a(.baton.api.kvtransfer.v1.ReserveResponse\x12Y\n\x06\x43ommit\x12&.baton.api.kvtransfer.v1.CommitRequest\x1a\'.baton.api.kvtransfer.v1.CommitResponse\x12V\n\x05\x41\x62ort\x12%.baton.api.kvtransfer.v1.AbortRequest\x1a&.baton.api.kvtransfer.v1.AbortResponse\x12\x62\n\tHeartbeat\x12).baton.api.kvtransfer.v1.HeartbeatRequest\x1a*.baton.api.kvtransfer.v1.HeartbeatResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,31 +39,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REFUSAL']._serialized_start=275
   _globals['_REFUSAL']._serialized_end=315
   _globals['_HANDSHAKEREQUEST']._serialized_start=318
-  _globals['_HANDSHAKEREQUEST']._serialized_end=549
-  _globals['_SHAREDMEMORY']._serialized_start=551
-  _globals['_SHAREDMEMORY']._serialized_end=624
-  _globals['_HANDSHAKERESPONSE']._serialized_start=627
-  _globals['_HANDSHAKERESPONSE']._serialized_end=813
-  _globals['_RESERVEREQUEST']._serialized_start=816
-  _globals['_RESERVEREQUEST']._serialized_end=1001
-  _globals['_SLOT']._serialized_start=1003
-  _globals['_SLOT']._serialized_end=1062
-  _globals['_GRANT']._serialized_start=1064
-  _globals['_GRANT']._serialized_end=1159
-  _globals['_RESERVERESPONSE']._serialized_start=1162
-  _globals['_RESERVERESPONSE']._serialized_end=1292
-  _globals['_COMMITREQUEST']._serialized_start=1295
-  _globals['_COMMITREQUEST']._serialized_end=1512
-  _globals['_COMMITRESPONSE']._serialized_start=1514
-  _globals['_COMMITRESPONSE']._serialized_end=1598
-  _globals['_ABORTREQUEST']._serialized_start=1601
-  _globals['_ABORTREQUEST']._serialized_end=1754
-  _globals['_ABORTRESPONSE']._serialized_start=1756
-  _globals['_ABORTRESPONSE']._serialized_end=1786
-  _globals['_HEARTBEATREQUEST']._serialized_start=1788
-  _globals['_HEARTBEATREQUEST']._serialized_end=1912
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1914
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2038
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2041
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2533
+  _globals['_HANDSHAKEREQUEST']._serialized_end=606
+  _globals['_TRANSPORTOFFER']._serialized_start=608
+  _globals['_TRANSPORTOFFER']._serialized_end=657
+  _globals['_SHAREDMEMORY']._serialized_start=659
+  _globals['_SHAREDMEMORY']._serialized_end=732
+  _globals['_HANDSHAKERESPONSE']._serialized_start=735
+  _globals['_HANDSHAKERESPONSE']._serialized_end=921
+  _globals['_RESERVEREQUEST']._serialized_start=924
+  _globals['_RESERVEREQUEST']._serialized_end=1109
+  _globals['_SLOT']._serialized_start=1111
+  _globals['_SLOT']._serialized_end=1170
+  _globals['_GRANT']._serialized_start=1172
+  _globals['_GRANT']._serialized_end=1267
+  _globals['_RESERVERESPONSE']._serialized_start=1270
+  _globals['_RESERVERESPONSE']._serialized_end=1400
+  _globals['_COMMITREQUEST']._serialized_start=1403
+  _globals['_COMMITREQUEST']._serialized_end=1620
+  _globals['_COMMITRESPONSE']._serialized_start=1622
+  _globals['_COMMITRESPONSE']._serialized_end=1706
+  _globals['_ABORTREQUEST']._serialized_start=1709
+  _globals['_ABORTREQUEST']._serialized_end=1862
+  _globals['_ABORTRESPONSE']._serialized_start=1864
+  _globals['_ABORTRESPONSE']._serialized_end=1894
+  _globals['_HEARTBEATREQUEST']._serialized_start=1896
+  _globals['_HEARTBEATREQUEST']._serialized_end=2020
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2022
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2146
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2149
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2641
 # @@protoc_insertion_point(module_scope)

@@ -32,18 +32,28 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class HandshakeRequest(_message.Message):
-    __slots__ = ("endpoints", "compatibility", "transports", "host_id", "shared_memory")
+    __slots__ = ("endpoints", "compatibility", "transports", "host_id", "shared_memory", "offers")
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
     endpoints: Endpoints
     compatibility: _common_pb2.Compatibility
     transports: _containers.RepeatedScalarFieldContainer[str]
     host_id: str
     shared_memory: SharedMemory
-    def __init__(self, endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., compatibility: _Optional[_Union[_common_pb2.Compatibility, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., host_id: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
+    def __init__(self, endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., compatibility: _Optional[_Union[_common_pb2.Compatibility, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., host_id: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ...) -> None: ...
+
+class TransportOffer(_message.Message):
+    __slots__ = ("transport", "data")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    data: bytes
+    def __init__(self, transport: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("pid", "fd", "num_bytes", "nonce")
