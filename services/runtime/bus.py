@@ -76,6 +76,8 @@ class NatsBus:
         self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(_MAX_QUEUED_MESSAGES)
         self._client: nats.aio.client.Client | None = None  # set while connected
         self._task: asyncio.Task[None] | None = None
+        # Beside the task's cancellation: the client's waits swallow one that comes together with what they wait for.
+        self._is_closing = False
         self._dropped: Counter[str] = Counter()
 
     @property
@@ -117,6 +119,7 @@ class NatsBus:
                     if self._client is not None:
                         await self._client.flush(timeout=1)
         if self._task is not None:
+            self._is_closing = True
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
@@ -129,6 +132,8 @@ class NatsBus:
             try:
                 async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                     await self._connect(client, closed)
+                if self._is_closing:
+                    return
                 self._client = client
                 backoff_s = _FIRST_BACKOFF_S
                 _log.info("bus connected", servers=self._urls)
@@ -147,6 +152,8 @@ class NatsBus:
             while not self._queue.empty():
                 self._queue.get_nowait()
                 self._dropped["disconnected"] += 1
+            if self._is_closing:
+                return
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))  # noqa: S311  spreads reconnecting, no secret
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
 

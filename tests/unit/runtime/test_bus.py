@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import nats.aio.client as nats_client
 import pytest
 from helpers.waiting import eventually
 
@@ -153,6 +155,31 @@ async def test_a_wrong_token_is_retried_quietly_for_ever(nats: NatsServer) -> No
     await eventually(lambda: log.read_text().count("authentication error") >= 2, what="a second try")
     assert not bus.is_connected
     await bus.close()
+
+
+async def test_closing_ends_also_where_the_client_swallows_the_cancellation(
+    nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``asyncio.wait_for`` does before Python 3.12, when both come at once."""
+    is_connecting, num_connects = asyncio.Event(), 0
+    connect = nats_client.Client.connect
+
+    async def connect_uncancelled(self: nats_client.Client, **options: Any) -> None:
+        nonlocal num_connects
+        num_connects += 1
+        is_connecting.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await connect(self, **options)
+
+    monkeypatch.setattr(nats_client.Client, "connect", connect_uncancelled)
+    for token in (TOKEN, "wrong"):
+        is_connecting.clear()
+        bus = NatsBus(nats.url, name="test", token=token)
+        await bus.start()
+        await is_connecting.wait()
+        await bus.close()
+    assert num_connects == 2
 
 
 async def test_in_process_bus_has_the_same_patterns_and_delivers_later() -> None:
