@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.engine_driver import Driver, make_request
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from baton.services.engine.engine import Engine
+from baton.services.engine.loader import load_model
 from baton.services.local.demo_model import corpus, data, demo_model_path
 from baton.services.local.demo_model.evaluate import examine
 
@@ -126,13 +129,18 @@ def test_a_damaged_kv_cache_gives_another_answer() -> None:
     value = tokenizer()(" 1190").input_ids
     at = next(index for index in range(len(prompt)) if prompt[index : index + len(value)] == value)
 
+    loaded = load_model(str(demo_model_path()), dtype="float32", device="cpu")
+
     def answer(damaged: bool) -> str:
-        with torch.inference_mode():
-            cache = model()(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
-            for layer in cache.layers if damaged else ():
-                layer.values[:, :, at : at + len(value)] = 0
-            ids = model().generate(torch.tensor([prompt]), past_key_values=cache, max_new_tokens=20, do_sample=False)
-        return str(tokenizer().decode(ids[0, len(prompt) :], skip_special_tokens=True))
+        driver = Driver(Engine(loaded, num_blocks=64))
+        request = make_request(prompt, max_tokens=20)
+        driver.step([(request, len(prompt) - 1)])
+        block_size = driver.engine.cache.block_size
+        for position in range(at, at + len(value)) if damaged else ():
+            block_id, offset = request.block_table[position // block_size], position % block_size
+            driver.engine.kv_cache[block_id, :, 1, offset] = 0  # the values, of all layers
+        driver.run([request])
+        return str(tokenizer().decode(driver.output(request), skip_special_tokens=True))
 
     assert answer(damaged=False) == "The code for red door is 1190."
     assert "1190" not in answer(damaged=True)
