@@ -276,7 +276,7 @@ async def test_a_new_process_of_the_receiver_is_paired_with_and_the_old_one_forg
 
 
 async def test_the_memory_of_a_sender_that_died_is_let_go() -> None:
-    quick = options(limits={"lease_s": 0.1}, heartbeat_s=0.03)
+    quick = options(limits={"lease_s": 1.0}, heartbeat_s=0.1)
     async with running("decode-0", options=quick) as receiver:
         async with running("prefill-0", transports="shm", options=quick) as sender:
             await hand_over(sender, receiver, Prompt([1]))
@@ -294,10 +294,10 @@ async def test_a_sender_that_shakes_hands_and_is_never_heard_of_again_is_let_go(
 
 
 async def test_an_idle_pair_stays_while_it_is_connected() -> None:
-    quick = options(limits={"lease_s": 0.05}, heartbeat_s=0.02, expect_wait_s=0.3)
+    quick = options(limits={"lease_s": 1.0}, heartbeat_s=0.1, expect_wait_s=3.0)
     async with running("decode-0", options=quick) as receiver, running("prefill-0", options=quick) as sender:
         await hand_over(sender, receiver, Prompt([1]))
-        error = await sender.agent.open(Prompt([2], request_id="unannounced").spec(receiver)).wait()  # six leases long
+        error = await sender.agent.open(Prompt([2], request_id="unannounced").spec(receiver)).wait()  # three leases long
         assert error is not None
         assert error.code is TransferCode.UNKNOWN_HANDOFF  # and not stale
         await hand_over(sender, receiver, Prompt([1], request_id="later"))
