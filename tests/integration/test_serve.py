@@ -231,7 +231,13 @@ def test_a_stock_grpc_client_needs_only_reflection(server: Serving, subject: Sub
     assert responses[-1].usage.completion_tokens == 24
 
 
-def test_two_hundred_disconnects_leave_nothing_behind(server: Serving) -> None:
+def private_bytes(process: psutil.Process) -> int:
+    """Without the KV cache, which lies in shared memory and is filled little by little."""
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
+
+
+def test_hundreds_of_disconnects_leave_nothing_behind(server: Serving) -> None:
     """Clients that hang up at any moment, in any phase: no block, descriptor or memory stays behind."""
     complete(server, "the code")
     processes = [psutil.Process(worker["pid"]) for worker in server.workers()]
@@ -254,7 +260,9 @@ def test_two_hundred_disconnects_leave_nothing_behind(server: Serving) -> None:
             pass
 
     def storm(first: int) -> None:
-        threads = [threading.Thread(target=lambda n=n: [hang_up(n + 8 * i) for i in range(13)]) for n in range(8)]
+        threads = [
+            threading.Thread(target=lambda n=n: [hang_up(first + n + 8 * i) for i in range(13)]) for n in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -263,12 +271,17 @@ def test_two_hundred_disconnects_leave_nothing_behind(server: Serving) -> None:
 
     storm(0)  # 104 requests: pools and buffers grow to their size
     descriptors = [process.num_fds() for process in processes]
-    memory = [process.memory_info().rss for process in processes]
     storm(104)
     for process, before in zip(processes, descriptors, strict=True):
         assert process.num_fds() <= before + 3
-    for process, before in zip(processes, memory, strict=True):
-        assert process.memory_info().rss <= before * 1.1
+    # What a step needs depends on which prompts meet in it, so the allocators take several storms to see the most. A leak
+    # makes every storm grow.
+    growths = []
+    while not growths or max(growths[-1]) > 0.03:
+        assert len(growths) < 8, f"memory grew in every storm: {growths}"
+        memory = [private_bytes(process) for process in processes]
+        storm(208 + 104 * len(growths))
+        growths.append([private_bytes(p) / before - 1 for p, before in zip(processes, memory, strict=True)])
     assert complete(server, "the code")["choices"][0]["finish_reason"] == "length"
 
 
