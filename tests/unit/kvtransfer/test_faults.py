@@ -297,7 +297,8 @@ async def test_an_idle_pair_stays_while_it_is_connected() -> None:
     quick = options(limits={"lease_s": 1.0}, heartbeat_s=0.1, expect_wait_s=3.0)
     async with running("decode-0", options=quick) as receiver, running("prefill-0", options=quick) as sender:
         await hand_over(sender, receiver, Prompt([1]))
-        error = await sender.agent.open(Prompt([2], request_id="unannounced").spec(receiver)).wait()  # three leases long
+        unannounced = sender.agent.open(Prompt([2], request_id="unannounced").spec(receiver))
+        error = await unannounced.wait()  # three leases long
         assert error is not None
         assert error.code is TransferCode.UNKNOWN_HANDOFF  # and not stale
         await hand_over(sender, receiver, Prompt([1], request_id="later"))
