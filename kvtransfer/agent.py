@@ -26,6 +26,7 @@ from baton.kvtransfer.service import KVTransferClient, add_to_server, open_local
 from baton.kvtransfer.stats import TransferStats
 from baton.kvtransfer.transport.listener import DataListener
 from baton.kvtransfer.transport.registry import make_transports
+from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 
 _WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - recognised, not chosen
 
@@ -38,7 +39,8 @@ class TransferAgent:
 
     ``transports``: ``"auto"`` or names, best first. The data plane listens on ``data_host:data_port`` (0: any free port) and
     tells peers ``advertised_host`` and ``advertised_port``; the host must be given when listening on every address.
-    ``open_channel`` makes the gRPC channel to a peer's address. ``clock`` is what deadlines are on.
+    ``open_channel`` makes the gRPC channel to a peer's address, ``sockets`` those of the data plane. ``clock`` is what
+    deadlines are on.
 
     Raises TransferError when a transport that was asked for by name does not work here.
     """
@@ -57,6 +59,7 @@ class TransferAgent:
         advertised_port: int | None = None,
         options: TransferOptions | None = None,
         open_channel: Callable[[str], grpc.aio.Channel] = open_local_channel,
+        sockets: Sockets = SYSTEM_SOCKETS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if memory.block_bytes != compatibility.layout.block_bytes:
@@ -80,6 +83,7 @@ class TransferAgent:
             TransferStats(),
             clock,
             self._connect,
+            sockets,
         )
         self._sending = SendingSide(self._context)
         self._receiving = ReceivingSide(self._context, host)
@@ -93,7 +97,9 @@ class TransferAgent:
 
     async def start(self) -> None:
         """Opens the data plane. Raises TransferError when it cannot listen."""
-        self._listener = DataListener(self._data_host, self._data_port, self._receiving, self._context.options)
+        self._listener = DataListener(
+            self._data_host, self._data_port, self._receiving, self._context.options, self._context.sockets
+        )
         host = f"[{self._advertised_host}]" if ":" in self._advertised_host else self._advertised_host
         self._receiving.data_address = f"{host}:{self._advertised_port or self._listener.port}"
 

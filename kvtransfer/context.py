@@ -13,6 +13,7 @@ from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.stats import TransferStats
 from baton.kvtransfer.transport.base import Transport
+from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +29,4 @@ class AgentContext:
     stats: TransferStats
     clock: Callable[[], float]
     connect: Callable[[str], PeerClient]  # control plane of the worker at an address
+    sockets: Sockets = SYSTEM_SOCKETS

@@ -59,6 +59,7 @@ class OutgoingPair:
             executor=context.executor,
             events=self,
             options=context.options,
+            sockets=context.sockets,
         )
         self._context = context
         self._discard = discard

@@ -19,11 +19,11 @@ from baton.kvtransfer.identity import WorkerIdentity, pair_digest
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.transport.base import Source, Transport
 from baton.kvtransfer.transport.frames import FrameKind, Header, pack_text, pack_verdicts
+from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
 
 _log = structlog.get_logger(__name__)
 
-_BACKLOG = 128
 # Connections accepted in one turn of the event loop.
 _MAX_ACCEPTS = 16
 # Pause after the system refused us a descriptor: it will not have one a moment later.
@@ -150,19 +150,24 @@ class Inlet:
 class DataListener:
     """Accepts data-plane connections on ``host:port`` (port 0: any free one)."""
 
-    def __init__(self, host: str, port: int, events: InletEvents, options: TransferOptions) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        events: InletEvents,
+        options: TransferOptions,
+        sockets: Sockets = SYSTEM_SOCKETS,
+    ) -> None:
         self.events = events
         self.inlets: set[Inlet] = set()
         self._options = options
         self._loop = asyncio.get_running_loop()
         try:
-            info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self._sock = socket.create_server(info[4][:2], family=info[0], backlog=_BACKLOG)
+            self._sock = sockets.listen(host, port)
         except OSError as error:
             raise TransferError(
                 TransferCode.INTERNAL, f"data plane {host}:{port}: {error.strerror or error}"
             ) from error
-        self._sock.setblocking(False)
         self.port: int = self._sock.getsockname()[1]
         self._pause: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._sock.fileno(), self._on_acceptable)

@@ -7,7 +7,6 @@ forgotten here, and the handoffs push it again. Blocks are hashed on a thread, a
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -32,6 +31,7 @@ from baton.kvtransfer.transport.frames import (
     parse_text,
     parse_verdicts,
 )
+from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
 
 _log = structlog.get_logger(__name__)
@@ -106,8 +106,10 @@ class Outlet:
         executor: Executor,
         events: OutletEvents,
         options: TransferOptions,
+        sockets: Sockets = SYSTEM_SOCKETS,
     ) -> None:
         self.address = address
+        self._sockets = sockets
         self._hello = pack_hello(pair_fence, data_token)
         self._transport = transport
         self._memory = memory
@@ -279,7 +281,7 @@ class Outlet:
         self._num_failures += 1
         try:
             async with asyncio.timeout(self._options.connect_timeout_s):
-                sock = await _connect(host, port)
+                sock = await self._sockets.connect(host, port)
         except (OSError, TimeoutError) as error:
             why = (error.strerror if isinstance(error, OSError) else None) or "no answer"
             raise TransferError(TransferCode.PEER_LOST, f"data plane {host}:{port}: {why}") from error
@@ -318,23 +320,3 @@ class Outlet:
         for lent in self._lent.values():
             self._memory.unload(list(lent.values()))
         self._lent.clear()
-
-
-async def _connect(host: str, port: int) -> socket.socket:
-    """A connected, non-blocking socket. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    error: OSError = OSError(f"{host} has no address")
-    for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
-        sock.setblocking(False)
-        try:
-            await loop.sock_connect(sock, address)
-        except OSError as failure:
-            sock.close()
-            error = failure
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise error

@@ -22,7 +22,7 @@ class DecodeHost(WorkerHost[DecodeWorker]):
     """The process of a decode worker."""
 
     def make_worker(self, parts: WorkerParts, on_turn: Callable[[Any, float], None]) -> DecodeWorker:
-        return DecodeWorker(parts, on_turn)
+        return DecodeWorker(parts, on_turn, parts.clock)
 
     def receiver(self, worker: DecodeWorker) -> ReceiverHost:
         return worker

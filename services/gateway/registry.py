@@ -56,7 +56,9 @@ class Registry:
         clock: Callable[[], float],
         on_heard: Callable[[], None] = lambda: None,
         on_forget: Callable[[str], None] = lambda worker_id: None,
+        open_channel: Callable[[str], grpc.aio.Channel] = create_channel,
     ) -> None:
+        self._open_channel = open_channel
         self._gateway = gateway
         self._clock = clock
         self._on_heard = on_heard
@@ -88,7 +90,7 @@ class Registry:
             self._drop(known)
             known = None
         if known is None:
-            link = WorkerLink(worker_id, incarnation, role, status.address, self._gateway)
+            link = WorkerLink(worker_id, incarnation, role, status.address, self._gateway, self._open_channel)
             known = self._workers[worker_id] = KnownWorker(status, link, self._clock())
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
@@ -122,7 +124,7 @@ class Registry:
     async def watch_static(self, address: str, every_s: float = 1.0) -> None:
         """Asks the worker at ``address`` about itself, for set-ups without a bus. Runs until cancelled."""
         self._unanswered.add(address)
-        async with create_channel(address) as channel:
+        async with self._open_channel(address) as channel:
             while True:
                 try:
                     self.heard(await _ask_status(channel))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -50,6 +51,7 @@ class WorkerLink:
     role: Role
     address: str
     gateway: pb.WorkerIdentity
+    open_channel: Callable[[str], grpc.aio.Channel] = create_channel
     is_connected: bool = False
     _open: dict[Key, _Open] = field(default_factory=dict)
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -71,7 +73,7 @@ class WorkerLink:
     async def run(self) -> bool:
         """Holds the stream until it breaks or the task is cancelled; False when the worker never accepted it."""
         reason, was_connected = "connection closed", False
-        async with create_channel(self.address) as channel, AsyncExitStack() as stack:
+        async with self.open_channel(self.address) as channel, AsyncExitStack() as stack:
             messages = self._messages
             call = self._stub(channel).Open()
             stack.callback(call.cancel)

@@ -23,7 +23,7 @@ class PrefillHost(WorkerHost[PrefillWorker]):
     """The process of a prefill worker."""
 
     def make_worker(self, parts: WorkerParts, on_turn: Callable[[Any, float], None]) -> PrefillWorker:
-        return PrefillWorker(parts, on_turn)
+        return PrefillWorker(parts, on_turn, parts.clock)
 
     def receiver(self, worker: PrefillWorker) -> ReceiverHost:
         return NothingToReceive()

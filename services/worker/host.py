@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -41,6 +39,7 @@ from baton.services.runtime.net import format_address
 from baton.services.runtime.settings import WorkerSettings
 from baton.services.runtime.subjects import Subjects
 from baton.services.worker.announcer import Announcer
+from baton.services.worker.environment import Environment
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.pool_report import PoolReport, PoolWatch, make_report
 from baton.services.worker.worker import Worker
@@ -59,10 +58,15 @@ class WorkerHost(ABC, Generic[WorkerT]):
     """See ``runtime.main.Service``. The two kinds of worker differ in the abstract methods."""
 
     def __init__(
-        self, settings: WorkerSettings, load: Callable[[], LoadedModel] | None = None, bus: Bus | None = None
+        self,
+        settings: WorkerSettings,
+        load: Callable[[], LoadedModel] | None = None,
+        bus: Bus | None = None,
+        environment: Environment | None = None,
     ) -> None:
         """``load`` and ``bus`` replace the model folder and NATS of the settings, for several workers in one process."""
         self.settings = settings
+        self._environment = environment or Environment()
         self.worker: WorkerT | None = None
         self._load = load or self._load_model
         self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
@@ -72,7 +76,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._bus = bus
         self._health = Health()
         worker_id = settings.worker_id or f"{settings.role}-{secrets.token_hex(4)}"
-        self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=uuid.uuid4().hex)
+        self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=self._environment.new_incarnation())
         self._report: PoolReport | None = None
 
     @abstractmethod
@@ -90,7 +94,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
     async def start(self) -> None:
         settings, stack = self.settings, self._stack
         # Before the weights: a port that is taken should be told of at once.
-        server = runtime_grpc.create_server()
+        server = self._environment.create_server()
         self._port = runtime_grpc.bind_server(server, settings.host, settings.port)
         loaded = await asyncio.to_thread(self._load)
         shape = KVCacheShape.of(loaded.config, settings.block_size, loaded.dtype)
@@ -111,6 +115,8 @@ class WorkerHost(ABC, Generic[WorkerT]):
             namer=BlockNamer(read_block_key(settings), loaded.fingerprint),
             vocab_size=loaded.config.vocab_size,
             prefix_caching=settings.prefix_caching,
+            clock=self._environment.clock,
+            step_loop=self._environment.step_loop,
         )
         self._announcer = Announcer(
             self._bus,
@@ -191,7 +197,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 data_host=settings.host,
                 data_port=settings.kv_port,
                 advertised_host=settings.public_host,
-                open_channel=runtime_grpc.create_channel,
+                open_channel=self._environment.open_channel,
+                sockets=self._environment.sockets,
+                clock=self._environment.clock,
             )
         except TransferError as error:
             raise ConfigurationError(f"--transport {settings.transport}: {error.message}") from error
@@ -255,7 +263,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         """The worker as it is now, not as it was at the last report."""
         assert self.worker is not None
         self._report = await self.worker.steps.call(
-            lambda scheduler: make_report(self._pool, scheduler, time.monotonic())
+            lambda scheduler: make_report(self._pool, scheduler, self._environment.clock())
         )
         return self._status()
 
@@ -275,7 +283,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         while True:
             await asyncio.sleep(1.0)
             worker.renew_leases()
-            stuck_s = time.monotonic() - worker.steps.progress_s
+            stuck_s = self._environment.clock() - worker.steps.progress_s
             if stuck_s > STUCK_AFTER_S:
                 self._health.set_dead(f"no step ended for {stuck_s:.0f} s")
                 worker.broken.set()

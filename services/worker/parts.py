@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.scheduler.base import SchedulerLimits
-from baton.services.worker.step_loop import StepEngine
+from baton.services.worker.step_loop import StepEngine, StepLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +25,5 @@ class WorkerParts:
     namer: BlockNamer
     vocab_size: int
     prefix_caching: bool
+    clock: Callable[[], float] = time.monotonic
+    step_loop: type[StepLoop[Any]] = StepLoop

@@ -59,6 +59,15 @@ class StepEvents:
     num_sampled: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step under way."""
+
+    output: SchedulerOutput
+    start_s: float
+    num_prompt_tokens: int
+
+
 class StepLoop(Generic[SchedulerT]):
     """Runs steps as long as there is work and sleeps otherwise."""
 
@@ -88,6 +97,7 @@ class StepLoop(Generic[SchedulerT]):
         self._is_stopping = False  # the step thread's
         self._is_broken = False
         self._num_failed_steps = 0
+        self._step: _Step | None = None  # what is being computed
         self.progress_s = clock()  # when the thread last got somewhere, or had nothing to do
 
     def start(self) -> None:
@@ -96,7 +106,7 @@ class StepLoop(Generic[SchedulerT]):
     async def stop(self) -> None:
         """Ends the thread after the step that it is in and the calls that came before. A stuck one is left behind."""
         self._is_closed = True
-        self._inbox.put(None)
+        self._put(None)
         await asyncio.to_thread(self._thread.join, _STOP_TIMEOUT_S)
 
     def post(self, function: Callable[[SchedulerT], object]) -> None:
@@ -108,7 +118,7 @@ class StepLoop(Generic[SchedulerT]):
             except Exception:
                 log.exception("a call on the step thread failed")
 
-        self._inbox.put(run)
+        self._put(run)
 
     def call(self, function: Callable[[SchedulerT], Result]) -> asyncio.Future[Result]:
         """Runs ``function`` on the step thread before the next step; the future is what it returns, or raises.
@@ -129,7 +139,7 @@ class StepLoop(Generic[SchedulerT]):
             else:
                 self.tell(_set_result, future, outcome)
 
-        self._inbox.put(run)
+        self._put(run)
         return future
 
     def tell(self, function: Callable[..., object], *arguments: Any) -> None:
@@ -140,21 +150,49 @@ class StepLoop(Generic[SchedulerT]):
         except RuntimeError:  # the loop is closed: nobody is left to be told
             self._is_stopping = True
 
+    def _put(self, call: Callable[[], None] | None) -> None:
+        self._inbox.put(call)
+
     def _run(self) -> None:
         while not self._is_stopping:
-            self._take_calls()
-            now_s = self.progress_s = self._clock()
-            try:
-                self._on_turn(self._scheduler, now_s)
-                must_wait = self._is_broken or not self._scheduler.has_work or not self._step(now_s)
-            except Exception as error:
-                # Not the engine: what is known of the blocks cannot be trusted any more. Calls are answered until the end.
-                if not self._is_broken:
-                    log.error("the step thread failed", exc_info=error)
-                self._break(f"{type(error).__name__} outside the engine")
-                must_wait = True
-            if must_wait and not self._is_stopping:
+            batch = self.begin_step()
+            if batch is not None:
+                self.end_step(self._compute(batch))
+            elif not self._is_stopping:
                 self._wait_for_call()
+
+    def _compute(self, batch: list[ScheduledRequest]) -> StepResult | Exception:
+        try:
+            return self._engine.step(batch)
+        except Exception as error:
+            return error
+
+    # A turn. Both halves are the thread's, or whoever's is the place of the thread; ``end_step`` follows every batch.
+
+    def begin_step(self) -> list[ScheduledRequest] | None:
+        """Runs the calls that came in and decides a step. None: nothing to compute before a call comes or time has passed."""
+        self._take_calls()
+        now_s = self.progress_s = self._clock()
+        try:
+            self._on_turn(self._scheduler, now_s)
+            if self._is_broken or not self._scheduler.has_work:
+                return None
+            return self._schedule(now_s)
+        except Exception as error:
+            self._distrust(error)
+            return None
+
+    def end_step(self, outcome: StepResult | Exception) -> None:
+        """The batch of ``begin_step`` was computed, or failed."""
+        assert self._step is not None
+        step, self._step = self._step, None
+        try:
+            if isinstance(outcome, Exception):
+                self._fail(step.output, outcome)
+            else:
+                self._record(step, outcome)
+        except Exception as error:
+            self._distrust(error)
 
     def _take_calls(self) -> None:
         """Runs the calls that came in."""
@@ -177,33 +215,29 @@ class StepLoop(Generic[SchedulerT]):
         else:
             call()
 
-    def _step(self, now_s: float) -> bool:
-        """Runs one step. False when there was nothing to compute."""
+    def _schedule(self, now_s: float) -> list[ScheduledRequest] | None:
         output = self._scheduler.schedule(now_s)
         started = [item.request for item in output.scheduled if item.request.first_scheduled_s == now_s]
         if started or output.granted or output.expired:
             self.tell(self._on_events, StepEvents(started, output.granted, output.expired))
         if not output.scheduled:
-            return False
-        num_prompt_tokens = sum(_num_prompt_tokens(item) for item in output.scheduled)
-        try:
-            result = self._engine.step(output.scheduled)
-        except Exception as error:
-            self._fail(output, error)
-            return True
+            return None
+        self._step = _Step(output, now_s, sum(_num_prompt_tokens(item) for item in output.scheduled))
+        return output.scheduled
+
+    def _record(self, step: _Step, result: StepResult) -> None:
         self._num_failed_steps = 0
         end_s = self._clock()
-        updates = self._scheduler.update(output, result, end_s)
+        updates = self._scheduler.update(step.output, result, end_s)
         self.tell(
             self._on_events,
             StepEvents(
                 updates=updates,
-                step_s=end_s - now_s,
-                num_prompt_tokens=num_prompt_tokens,
+                step_s=end_s - step.start_s,
+                num_prompt_tokens=step.num_prompt_tokens,
                 num_sampled=len(result.sampled),
             ),
         )
-        return True
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
         """A step that raised: its requests fail, the others go on. After several in a row the worker gives up."""
@@ -215,6 +249,12 @@ class StepLoop(Generic[SchedulerT]):
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             self._break(f"{self._num_failed_steps} engine steps in a row failed")
+
+    def _distrust(self, error: Exception) -> None:
+        """Not the engine: what is known of the blocks cannot be trusted any more. Calls are answered until the end."""
+        if not self._is_broken:
+            log.error("the step thread failed", exc_info=error)
+        self._break(f"{type(error).__name__} outside the engine")
 
     def _break(self, reason: str) -> None:
         """No further step: somebody ends the process."""

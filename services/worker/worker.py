@@ -48,7 +48,7 @@ class Worker(ABC, Generic[SchedulerT]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._emptied = asyncio.Event()
         self._emptied.set()
-        self.steps = StepLoop(
+        self.steps: StepLoop[SchedulerT] = parts.step_loop(
             scheduler,
             parts.engine,
             loop=asyncio.get_running_loop(),
