@@ -8,6 +8,7 @@ from typing import Protocol
 
 import structlog
 
+from baton.kvtransfer import failpoint
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
@@ -140,6 +141,7 @@ class OutgoingPair:
         sent_s = self._context.clock()
         keys = [handoff.id.key for handoff in live]
         try:
+            await failpoint.reach_async("lease.renew")
             reply = await self.client.heartbeat(self._context.identity, self.receiver, keys)
         except TransferError as error:
             _log.warning("kv_heartbeat_failed", receiver=str(self.receiver), reason=error.message)

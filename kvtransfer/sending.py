@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from baton.kvtransfer import failpoint
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.driver import Driver
@@ -175,6 +176,7 @@ class SenderHandoff:
     async def _commit(self, message: m.Commit) -> None:
         for pause_s in (*_COMMIT_RETRY_PAUSES_S, None):
             try:
+                await failpoint.reach_async("kv.commit.before")
                 answer = await self._linked.client.commit(message, self._machine.limits.ack_timeout_s)
             except TransferError as error:
                 if pause_s is None or error.code is not TransferCode.PEER_LOST:

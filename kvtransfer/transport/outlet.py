@@ -16,6 +16,7 @@ from typing import Protocol
 
 import structlog
 
+from baton.kvtransfer import failpoint
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.messages import Slot
@@ -224,6 +225,7 @@ class Outlet:
         for batch in batches:
             if batch.fence in self._when_quiet:
                 continue  # cancelled meanwhile
+            failpoint.reach("kv.send.frame_k")
             checksums = self._memory.rows.checksums(batch.rows)
             parts = zip(batch.blocks, batch.rows, checksums, strict=True)
             entries = [BlockEntry(push.slot, checksum, row) for push, row, checksum in parts]

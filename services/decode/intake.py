@@ -12,12 +12,14 @@ import structlog
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2
 from baton.kvtransfer.errors import TransferCode, TransferError
+from baton.kvtransfer.failpoint import TransferFailpoint
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import SampledToken, TokenLogprobs
 from baton.services.core.scheduler.base import RequestUpdate, Reservation
 from baton.services.core.scheduler.decode import DecodeScheduler
+from baton.services.runtime.failpoints import reach_async
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.requests import ActiveRequest, scheduler_id
 from baton.services.worker.session import Session
@@ -38,6 +40,8 @@ class _Expected:
 
 class DecodeWorker(Worker[DecodeScheduler]):
     """Generates. For the transfer agent it is the host that makes room and takes blocks over."""
+
+    claim_failpoint = "decode.before_claim"
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
 
     async def committed(self, key: HandoffKey, first_token: FirstToken, report: TransferReport) -> None:
         """All blocks are here and verified: the request runs from its second token on."""
+        await reach_async("decode.before_first", error=TransferFailpoint)
         expected = self._expected.get(scheduler_id(key.request_id, key.attempt))
         if expected is None:
             raise TransferError(TransferCode.ABORTED, f"{key} was cancelled")

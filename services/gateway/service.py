@@ -38,6 +38,7 @@ from baton.services.gateway.tokenizer import ModelTokenizer, load_tokenizer
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.block_key import read_block_key
 from baton.services.runtime.bus import Bus, NatsBus, NoBus
+from baton.services.runtime.failpoints import enable_failpoints
 from baton.services.runtime.health import SERVICE_NAME, Health
 from baton.services.runtime.metrics import Metrics
 from baton.services.runtime.net import bind_listener
@@ -137,7 +138,9 @@ class GatewayService:
     async def _start_grpc(self, server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(self._deps), server)
         self._health.add_to(server)
-        names = runtime_grpc.service_names(inference_pb2.DESCRIPTOR)
+        names = [*runtime_grpc.service_names(inference_pb2.DESCRIPTOR)]
+        if self._settings.failpoints:
+            names += enable_failpoints(self._settings.failpoints, server, "gateway")
         runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
         self._stack.push_async_callback(server.stop, 0.5)
         await server.start()

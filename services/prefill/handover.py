@@ -40,6 +40,8 @@ class _Destination:
 class PrefillWorker(Worker[PrefillScheduler]):
     """Runs prompts and hands them over."""
 
+    claim_failpoint = "prefill.before_claim"
+
     def __init__(
         self,
         parts: WorkerParts,

@@ -17,6 +17,8 @@ import nats.aio.client
 import nats.errors
 import structlog
 
+from baton.services.runtime.failpoints import FailpointReached, reach
+
 _log = structlog.get_logger(__name__)
 
 Handler = Callable[[str, bytes], None]  # subject, payload
@@ -89,6 +91,11 @@ class NatsBus:
         return self._dropped
 
     def publish(self, subject: str, payload: bytes) -> None:
+        try:
+            reach("bus.publish")
+        except FailpointReached:
+            self._dropped["failpoint"] += 1
+            return
         if not self.is_connected:
             self._dropped["disconnected"] += 1
             return

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from baton.services.core.failpoints import parse_failpoints
+
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 _MIB = 1024 * 1024
 
@@ -74,6 +76,21 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         30.0, ge=0, le=3600, description="Seconds that running requests get to finish on SIGTERM."
     )
+
+    failpoints: str | None = Field(
+        None, description="For tests: places where the process fails, or 'on' to set them while it runs. Loopback only."
+    )
+
+    @field_validator("failpoints")
+    @classmethod
+    def _check_failpoints(cls, failpoints: str | None, info: ValidationInfo) -> str | None:
+        if failpoints is None:
+            return None
+        host = info.data.get("host")
+        if host is not None and not is_loopback(host):
+            raise ValueError(f"only for a process that this machine alone can reach, not with --host {host}")
+        parse_failpoints(failpoints)
+        return failpoints
 
     @field_validator("host")
     @classmethod

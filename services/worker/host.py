@@ -7,7 +7,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -34,12 +34,14 @@ from baton.services.runtime import convert
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.block_key import read_block_key
 from baton.services.runtime.bus import Bus, NatsBus, NoBus
+from baton.services.runtime.failpoints import FailpointReached, clear_failpoints, enable_failpoints, reach
 from baton.services.runtime.health import SERVICE_NAME, Health
 from baton.services.runtime.net import format_address
 from baton.services.runtime.settings import WorkerSettings
 from baton.services.runtime.subjects import Subjects
 from baton.services.worker.announcer import Announcer
 from baton.services.worker.environment import Environment
+from baton.services.worker.failpoints import FailpointEngine, FailpointPool
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.pool_report import PoolReport, PoolWatch, make_report
 from baton.services.worker.worker import Worker
@@ -106,12 +108,12 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._compatibility = Compatibility(loaded.fingerprint, self._layout)
         engine, self._memory = await asyncio.to_thread(self._lay_out, loaded, num_blocks, shape.block_bytes)
         stack.callback(self._memory.close)
-        pool = self._pool = BlockPool(num_blocks, settings.block_size)
+        pool = self._pool = (FailpointPool if settings.failpoints else BlockPool)(num_blocks, settings.block_size)
         parts = WorkerParts(
             identity=self.identity,
             pool=pool,
             limits=self._limits,
-            engine=engine,
+            engine=FailpointEngine(engine) if settings.failpoints else engine,
             namer=BlockNamer(read_block_key(settings), loaded.fingerprint),
             vocab_size=loaded.config.vocab_size,
             prefix_caching=settings.prefix_caching,
@@ -140,6 +142,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
             raise ConfigurationError(f"--kv-port {settings.kv_port}: {error.message}") from error
         agent.add_to_server(server)
         names = [*self.add_servicer(server, worker), *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR)]
+        if settings.failpoints:
+            names += enable_failpoints(settings.failpoints, server, self.identity.worker_id)
+            stack.callback(clear_failpoints)
         self._health.add_to(server)
         runtime_grpc.enable_reflection(server, [*names, SERVICE_NAME])
         await self.status()  # so that the first announcement knows the pool
@@ -282,6 +287,8 @@ class WorkerHost(ABC, Generic[WorkerT]):
         """A step loop that makes no progress makes the worker not serving: whoever watches health restarts it."""
         while True:
             await asyncio.sleep(1.0)
+            with suppress(FailpointReached):
+                reach("loop.turn")
             worker.renew_leases()
             stuck_s = self._environment.clock() - worker.steps.progress_s
             if stuck_s > STUCK_AFTER_S:

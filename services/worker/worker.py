@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 import structlog
 
@@ -16,6 +16,7 @@ from baton.services.core.request import Request
 from baton.services.core.scheduler.base import RequestUpdate, Reservation
 from baton.services.core.scheduler.finish import check_can_be_served
 from baton.services.runtime import convert
+from baton.services.runtime.failpoints import reach
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.requests import ActiveRequest, failure_output, scheduler_id
 from baton.services.worker.session import Session
@@ -26,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 class Worker(ABC, Generic[SchedulerT]):
     """Lives on the event loop; everything about blocks and batches happens on the step thread."""
+
+    claim_failpoint: ClassVar[str]
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class Worker(ABC, Generic[SchedulerT]):
         return active
 
     def _check(self, spec: pb.GenerationSpec) -> Request:
+        reach(self.claim_failpoint, lambda: spec.token_ids)
         if self.is_draining:
             raise BatonError(ErrorCode.DRAINING, "this worker is draining", retryable=True)
         request = convert.request_from_wire(spec, self._clock(), self._parts.vocab_size)
