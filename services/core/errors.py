@@ -21,6 +21,7 @@ class ErrorCode(StrEnum):
     INCOMPATIBLE = "incompatible"
     HANDOFF_FAILED = "kv_handoff_failed"
     WORKER_LOST = "worker_lost"
+    QUARANTINED = "request_quarantined"
     INTERNAL = "internal_error"
 
 

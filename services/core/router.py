@@ -68,6 +68,8 @@ class RoutedRequest:
     block_bytes: int
     cached_blocks: Mapping[str, int]
     excluded: Collection[str] = ()  # incarnations that already failed this request
+    excluded_pairs: Collection[tuple[str, str]] = ()  # prefill and decode incarnations that failed it together
+    preferred: Collection[str] = ()  # incarnations that hold blocks of it: before the price counts
 
     def num_uncached_tokens(self, worker_id: str) -> int:
         return max(1, self.num_tokens - self.cached_blocks.get(worker_id, 0) * self.block_size)
@@ -125,6 +127,7 @@ def route(
         if decoder.role is Role.DECODE
         for prefiller in prefillers
         if prefiller.compatibility == decoder.compatibility
+        and (prefiller.incarnation, decoder.incarnation) not in request.excluded_pairs
     ]
     first = {Placement.REMOTE: remote, Placement.LOCAL: local, Placement.AUTO: []}[placement]
     ranked = sorted(first, key=lambda c: _rank(request, c))
@@ -135,10 +138,11 @@ def route(
     )
 
 
-def _rank(request: RoutedRequest, candidate: Candidate) -> tuple[float, int]:
-    """Price, then a spread that depends on the request: equal workers share equal work without randomness."""
+def _rank(request: RoutedRequest, candidate: Candidate) -> tuple[bool, float, int]:
+    """Preference, price, then a spread that depends on the request: equal workers share equal work without randomness."""
     key = "/".join((request.request_id, *(worker.worker_id for worker in candidate.workers)))
-    return round(candidate.price_s, 6), zlib.crc32(key.encode())
+    is_strange = not any(worker.incarnation in request.preferred for worker in candidate.workers)
+    return is_strange, round(candidate.price_s, 6), zlib.crc32(key.encode())
 
 
 def _price_local(request: RoutedRequest, decoder: WorkerView) -> Candidate:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, SampledToken, TokenLogprobs
 from baton.services.core.stop import StopChecker
+from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.detokenizer import Detokenizer
-from baton.services.gateway.generation import TokenDelta
 
 
 class OutputToken(NamedTuple):

@@ -39,6 +39,9 @@ _CATALOGUE: dict[ErrorCode, _Entry] = {
     ErrorCode.INCOMPATIBLE: _Entry(503, "server_error", "The workers cannot serve this request together."),
     ErrorCode.HANDOFF_FAILED: _Entry(503, "server_error", f"Handing the request over failed. {_LATER}"),
     ErrorCode.WORKER_LOST: _Entry(503, "server_error", f"A worker was lost under the request. {_LATER}"),
+    ErrorCode.QUARANTINED: _Entry(
+        500, "server_error", "Several workers were lost under this request. It will not be tried again."
+    ),
     ErrorCode.INTERNAL: _Entry(500, "server_error", "Internal error."),
 }
 
@@ -74,6 +77,8 @@ class PublicError:
             headers["retry-after"] = str(max(1, round(self.retry_after_s)))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.code == ErrorCode.QUARANTINED:  # OpenAI's clients try a 500 again unless told otherwise
+            headers["x-should-retry"] = "false"
         if self.status in (408, 413, 431):  # the rest of the request is not read
             headers["connection"] = "close"
         return Response(self.body(), self.status, headers, "application/json")

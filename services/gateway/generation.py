@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.services.core.lifecycle import Trace
-from baton.services.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
+from baton.services.core.request import SamplingParams
+from baton.services.core.token_order import TokenDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +33,6 @@ class GenerationRequest:
     slo: SloTarget = field(default_factory=SloTarget)
     timeout_s: float | None = None
     trace: Trace = field(default_factory=Trace)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
-    """New tokens of one generation. The last delta, and only that, has a finish reason."""
-
-    first_index: int
-    tokens: tuple[SampledToken, ...]
-    finish_reason: FinishReason | None = None
-    stop_token_id: int | None = None
-    cached_tokens: int | None = None  # in the first delta
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # in the first delta, if asked for
 
 
 class Dispatcher(Protocol):

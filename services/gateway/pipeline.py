@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.request import FinishReason, SamplingParams, TokenLogprobs
+from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.auth import tenant_salt
 from baton.services.gateway.choice import ChoiceAssembler, ChoicePiece
 from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.fan_out import merge
-from baton.services.gateway.generation import GenerationRequest, TokenDelta
+from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.options import Caller, ChatPrompt, GenerationOptions, Prompt, TextPrompt
 from baton.services.gateway.validation import invalid
 

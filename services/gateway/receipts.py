@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.ladder_steps import Attempt
 from baton.services.core.lifecycle import Trace
 from baton.services.core.router import Candidate, RoutingDecision
 from baton.services.gateway.generation import GenerationRequest, SloTarget
@@ -19,15 +20,6 @@ SLO_CLASSES: dict[str, tuple[float | None, float | None]] = {
     "standard": (5_000.0, 250.0),
     "batch": (None, None),
 }
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One try at a request."""
-
-    number: int
-    decision: RoutingDecision
-    outcome: str = "running"
 
 
 @dataclass(slots=True)

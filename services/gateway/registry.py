@@ -64,6 +64,7 @@ class Registry:
         self._on_heard = on_heard
         self._on_forget = on_forget
         self._workers: dict[str, KnownWorker] = {}
+        self._waiters: set[asyncio.Future[bool]] = set()
         self._unanswered: set[str] = set()  # static addresses that nobody has answered from yet
 
     def __iter__(self) -> Iterator[KnownWorker]:
@@ -90,12 +91,15 @@ class Registry:
             self._drop(known)
             known = None
         if known is None:
-            link = WorkerLink(worker_id, incarnation, role, status.address, self._gateway, self._open_channel)
+            link = WorkerLink(
+                worker_id, incarnation, role, status.address, self._gateway, self._open_channel, self._tell_changed
+            )
             known = self._workers[worker_id] = KnownWorker(status, link, self._clock())
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
         known.status, known.heard_s = status, self._clock()
         self._on_heard()
+        self._tell_changed()
 
     def statuses(self) -> list[pb.WorkerStatus]:
         """The last report of every worker that can be reached."""
@@ -104,6 +108,24 @@ class Registry:
     def views(self) -> list[WorkerView]:
         """The usable workers as the router sees them."""
         return [_view(known) for known in self._workers.values() if known.is_usable]
+
+    def alive(self) -> frozenset[str]:
+        """Incarnations whose links work."""
+        return frozenset(known.link.incarnation for known in self._workers.values() if known.link.is_connected)
+
+    async def wait_changed(self) -> bool:
+        """Returns True when a worker has come, come back, or said something new."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            return await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def _tell_changed(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(True)
 
     @property
     def knows_all_static(self) -> bool:

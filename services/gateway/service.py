@@ -19,6 +19,7 @@ import uvicorn
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from baton.services.core.errors import ErrorCode
+from baton.services.core.ladder_steps import LadderLimits
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.router import Placement, Role
 from baton.services.engine.config_file import ConfigFile
@@ -71,7 +72,9 @@ class GatewayService:
         self._registry = Registry(
             self._identity, clock=time.monotonic, on_heard=self._on_heard, on_forget=self._prefix_index.forget
         )
-        self._metrics = Metrics(self._registry.statuses, version=version("baton-llm"))
+        self._metrics = Metrics(
+            self._registry.statuses, version=version("baton-llm"), num_waiting=lambda: dispatcher.num_waiting
+        )
         self._receipts = ReceiptBook(self._on_end)
         dispatcher = WorkerDispatcher(
             self._registry,
@@ -80,6 +83,7 @@ class GatewayService:
             self._receipts,
             clock=time.monotonic,
             placement=Placement(settings.placement),
+            limits=LadderLimits(max_wait_s=settings.worker_wait_s),
             on_start=self._metrics.request_admitted,
         )
         self._deps = GatewayDeps(
@@ -214,9 +218,10 @@ class GatewayService:
         if record.attempts:
             metrics.placed(record.attempts[-1].decision.chosen.mode.value)
             metrics.prompt_computed(prompt_tokens=record.prompt_tokens, cached_tokens=record.cached_tokens)
-        for reason in record.fallbacks:
-            metrics.retried(reason)
-            metrics.fell_back(reason)
+        for attempt in record.attempts[:-1]:
+            metrics.retried(attempt.outcome)
+        for rung in record.fallbacks:
+            metrics.fell_back(rung)
         if record.transfer is not None:
             metrics.kv_transferred(record.transfer)
         if not record.is_first:  # a response with several choices is one request

@@ -28,12 +28,9 @@ class Arrival:
     """What a worker said about one request: an output, or the failure that ended its part."""
 
     link: WorkerLink
+    attempt: int
     output: pb.RequestOutput | None = None
     failure: BatonError | None = None
-
-    @property
-    def is_failure(self) -> bool:
-        return self.output is None or self.output.finish_reason == pb.FINISH_REASON_ERROR
 
 
 @dataclass(slots=True)
@@ -52,6 +49,7 @@ class WorkerLink:
     address: str
     gateway: pb.WorkerIdentity
     open_channel: Callable[[str], grpc.aio.Channel] = create_channel
+    on_connected: Callable[[], None] = lambda: None
     is_connected: bool = False
     _open: dict[Key, _Open] = field(default_factory=dict)
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -84,6 +82,7 @@ class WorkerLink:
                 if not call.done():
                     stack.callback(asyncio.create_task(self._write(call)).cancel)
                     self.is_connected = was_connected = True
+                    self.on_connected()
                 async for response in call:
                     for output in response.step.outputs:
                         self._deliver(output)
@@ -136,7 +135,7 @@ class WorkerLink:
     def _deliver(self, output: pb.RequestOutput) -> None:
         request = self._open.get((output.request_id, output.attempt))
         if request is not None:
-            request.arrivals.put_nowait(Arrival(self, output=output))
+            request.arrivals.put_nowait(Arrival(self, output.attempt, output=output))
 
     def _fail_all(self, reason: str) -> None:
         for key in list(self._open):
@@ -148,4 +147,4 @@ class WorkerLink:
         request = self._open.pop(key)
         message = f"worker {self.worker_id} was lost ({reason})"
         failure = BatonError(ErrorCode.WORKER_LOST, message, retryable=True)
-        request.arrivals.put_nowait(Arrival(self, failure=failure))
+        request.arrivals.put_nowait(Arrival(self, key[1], failure=failure))

@@ -77,6 +77,8 @@ _STATUS_OF_CODE = {
     ErrorCode.INCOMPATIBLE: grpc.StatusCode.FAILED_PRECONDITION,
     ErrorCode.HANDOFF_FAILED: grpc.StatusCode.ABORTED,
     ErrorCode.WORKER_LOST: grpc.StatusCode.UNAVAILABLE,
+    # Not a status that clients try again by themselves.
+    ErrorCode.QUARANTINED: grpc.StatusCode.INTERNAL,
     ErrorCode.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 

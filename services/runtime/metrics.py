@@ -32,7 +32,10 @@ WorkerStatuses = Callable[[], Iterable[common_pb2.WorkerStatus]]
 class Metrics:
     """The gateway's metrics, in a registry of their own."""
 
-    def __init__(self, worker_statuses: WorkerStatuses = tuple, *, version: str = "") -> None:
+    def __init__(
+        self, worker_statuses: WorkerStatuses = tuple, *, version: str = "", num_waiting: Callable[[], int] = lambda: 0
+    ) -> None:
+        """``num_waiting``: requests that wait at the gateway for a worker that can take them."""
         registry = self.registry = CollectorRegistry()
         self._ttft = Histogram(
             "baton_ttft_seconds",
@@ -78,7 +81,9 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
-        self._fallbacks = Counter("baton_fallbacks", "Steps down the failure ladder.", ["reason"], registry=registry)
+        self._fallbacks = Counter(
+            "baton_fallbacks", "Steps down the failure ladder, by rung.", ["reason"], registry=registry
+        )
         self._retries = Counter(
             "baton_retries", "Attempts after the first, by what went wrong.", ["reason"], registry=registry
         )
@@ -95,7 +100,7 @@ class Metrics:
             "baton_bus_dropped_messages", "Messages given up since start, by reason.", ["reason"], registry=registry
         )
         Gauge("baton_build_info", "Always 1.", ["version"], registry=registry).labels(version).set(1)
-        registry.register(_WorkerCollector(worker_statuses))
+        registry.register(_WorkerCollector(worker_statuses, num_waiting))
 
     def request_admitted(self) -> None:
         self._in_flight.inc()
@@ -160,8 +165,9 @@ class Metrics:
 class _WorkerCollector(Collector):
     """Reads the workers' latest statuses at the time of the scrape."""
 
-    def __init__(self, worker_statuses: WorkerStatuses) -> None:
+    def __init__(self, worker_statuses: WorkerStatuses, num_waiting: Callable[[], int]) -> None:
         self._worker_statuses = worker_statuses
+        self._num_waiting = num_waiting
 
     def describe(self) -> list[Metric]:
         return []  # asked at registration, when there are no workers to read names from
@@ -170,8 +176,8 @@ class _WorkerCollector(Collector):
         statuses = list(self._worker_statuses())
         totals = {
             "baton_queued_requests": (
-                "Requests waiting for their first step, all workers.",
-                sum(s.queued for s in statuses),
+                "Requests waiting for a worker, or on one for their first step.",
+                sum(s.queued for s in statuses) + self._num_waiting(),
             ),
             "baton_running_requests": ("Requests in running batches, all workers.", sum(s.running for s in statuses)),
             "baton_kv_blocks_overdue": ("Blocks held past their deadline.", sum(s.overdue for s in statuses)),

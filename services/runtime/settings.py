@@ -202,6 +202,9 @@ class GatewayOptions(Settings):
     max_concurrent_requests: int = Field(1024, ge=1, description="Requests at once; more are refused with 503.")
     max_body_size: Size = Field(ByteSize(16 * _MIB), description="Largest request body.")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds after which a request is given up.")
+    worker_wait_s: float = Field(
+        60.0, ge=0, le=86400, description="Seconds that a request waits for a worker when none can take it; then a 503."
+    )
     placement: Literal["auto", "remote", "local"] = Field(
         "remote",
         description="Who prefills: remote: the prefill pool, where there is one; local: the decode worker; auto: the cheaper.",

@@ -76,12 +76,14 @@ class Cluster:
         """The first worker of a role."""
         return next(host for host in self.hosts if host.settings.role == role)
 
-    async def generate(self, prompt: Sequence[int], *, max_tokens: int = 24, **sampling: Any) -> Generated:
+    async def generate(
+        self, prompt: Sequence[int], *, max_tokens: int = 24, timeout_s: float = 60.0, **sampling: Any
+    ) -> Generated:
         """Runs one request to its end. Greedy unless ``sampling`` says otherwise."""
         name = f"test-{next(_ids)}"
         cache_salt = sampling.pop("cache_salt", "")
         params = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0), **sampling)
-        request = GenerationRequest(name, name, "test", list(prompt), params, cache_salt, timeout_s=60.0)
+        request = GenerationRequest(name, name, "test", list(prompt), params, cache_salt, timeout_s=timeout_s)
         for instant in (Instant.RECEIVED, Instant.ADMITTED, Instant.TOKENIZED):  # what the API layer does
             request.trace.mark(instant, time.monotonic())
         generated = Generated(receipt_id=name)

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 
 from baton.services.core.lifecycle import Instant
 from baton.services.core.request import FinishReason, SampledToken, TokenLogprobs
+from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.app import create_app
 from baton.services.gateway.deps import GatewayDeps
-from baton.services.gateway.generation import GenerationRequest, TokenDelta
+from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.tokenizer import ModelTokenizer
 

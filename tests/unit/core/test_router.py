@@ -57,6 +57,20 @@ def test_a_full_decoder_is_avoided() -> None:
     assert route(request(), [P0, out_of_blocks, D1]).chosen.decode == D1
 
 
+def test_a_pair_that_failed_together_is_avoided_and_its_workers_are_not() -> None:
+    failed = request(excluded_pairs={(P0.incarnation, D0.incarnation)})
+    assert route(failed, [P0, D0, D1]).chosen.workers == (P0, D1)
+    assert route(failed, [P0, P1, D0]).chosen.workers == (P1, D0)
+    assert route(failed, [P0, D0]).chosen.mode is Mode.LOCAL
+
+
+def test_a_worker_that_holds_blocks_of_the_request_comes_before_a_cheaper_one() -> None:
+    busy = dataclasses.replace(P0, queued_tokens=50_000)
+    assert route(request(preferred={P0.incarnation}), [busy, P1, D0, D1]).chosen.prefill == busy
+    full = dataclasses.replace(D0, running=256)
+    assert route(request(preferred={D0.incarnation}), [P0, full, D1]).chosen.decode == full
+
+
 def test_incompatible_workers_never_pair() -> None:
     decision = route(request(), [dataclasses.replace(P0, compatibility="other"), D0])
     assert decision.chosen.mode is Mode.LOCAL

@@ -15,7 +15,8 @@ from helpers.tiny_tokenizers import TURN_END
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.lifecycle import Instant
 from baton.services.core.request import FinishReason, SampledToken
-from baton.services.gateway.generation import GenerationRequest, TokenDelta
+from baton.services.core.token_order import TokenDelta
+from baton.services.gateway.generation import GenerationRequest
 
 
 async def chat(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:

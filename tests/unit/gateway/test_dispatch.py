@@ -14,11 +14,12 @@ from helpers.waiting import eventually
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.ladder_steps import LadderLimits
 from baton.services.core.lifecycle import Instant
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.request import FinishReason, SamplingParams
 from baton.services.core.router import Role
-from baton.services.gateway.dispatch import MAX_ATTEMPTS, WorkerDispatcher
+from baton.services.gateway.dispatch import WorkerDispatcher
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
@@ -58,14 +59,20 @@ def take_over(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
 
 
 class Dispatching:
-    def __init__(self) -> None:
+    def __init__(self, limits: LadderLimits) -> None:
         self.ended: list[GenerationRecord] = []
         self.receipts = ReceiptBook(self.ended.append)
         self.now_s = 0.0
         self.registry = Registry(GATEWAY, clock=lambda: self.now_s)
         self.num_started = 0
         self.dispatcher = WorkerDispatcher(
-            self.registry, PrefixIndex(), b"key", self.receipts, clock=lambda: self.now_s, on_start=self._count
+            self.registry,
+            PrefixIndex(),
+            b"key",
+            self.receipts,
+            clock=lambda: self.now_s,
+            limits=limits,
+            on_start=self._count,
         )
 
     def _count(self) -> None:
@@ -98,7 +105,7 @@ class Dispatching:
 
 @asynccontextmanager
 async def dispatching(
-    prefill: tuple[Behaviour, ...] = (), decode: tuple[Behaviour, ...] = ()
+    prefill: tuple[Behaviour, ...] = (), decode: tuple[Behaviour, ...] = (), **limits: Any
 ) -> AsyncIterator[tuple[Dispatching, list[ScriptedWorker], list[ScriptedWorker]]]:
     async with AsyncExitStack() as stack:
         pools = [
@@ -108,7 +115,7 @@ async def dispatching(
             ]
             for role, behaviours in ((Role.PREFILL, prefill), (Role.DECODE, decode))
         ]
-        made = Dispatching()
+        made = Dispatching(LadderLimits(**limits))
         stack.push_async_callback(made.registry.close)
         for worker in (*pools[0], *pools[1]):
             made.registry.heard(worker.status())
@@ -161,7 +168,7 @@ async def test_a_failed_handoff_goes_elsewhere_and_the_gap_is_closed() -> None:
         # The decode worker gets nothing in the first attempt: its part is silence.
         d.on_start = lambda worker, spec: whole(worker, spec) if spec.attempt > 1 else None
         assert await made.generate(made.request()) == [100, 101, 102, 103]
-        assert made.ended[0].fallbacks == ["kv_handoff_failed"]
+        assert made.ended[0].fallbacks == ["local_prefill"]
         assert [attempt.outcome for attempt in made.ended[0].attempts] == ["kv_handoff_failed", "done"]
         # What came is not asked for again.
         assert list(d.starts[-1].spec.token_ids) in ([*PROMPT, 100], PROMPT)
@@ -220,30 +227,93 @@ async def test_a_request_that_lost_two_workers_is_not_tried_on_a_third(num_lost:
         else:
             with pytest.raises(BatonError) as failure:
                 await generation
-            assert failure.value.code is ErrorCode.WORKER_LOST
+            assert failure.value.code is ErrorCode.QUARANTINED
             assert made.ended[0].outcome == "error"
         assert sum(len(worker.starts) for worker in decode) == 2
         made.assert_done()
 
 
-async def test_a_stream_that_broke_comes_back_for_the_next_request() -> None:
-    async with dispatching((), (hang_up,)) as (made, _, (d,)):
-        with pytest.raises(BatonError) as failure:
-            await made.generate(made.request())
-        assert failure.value.code is ErrorCode.NO_WORKERS
-        assert made.ended[0].outcome == "error"  # it was tried, so it was not refused
+async def test_a_stream_that_broke_is_waited_for_where_nobody_else_is_there() -> None:
+    def hang_up_after_two(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        worker.say(spec, 0, 100, 101)
+        asyncio.get_running_loop().call_later(0.02, worker.hang_up)
+
+    async with dispatching((), (hang_up_after_two,)) as (made, _, (d,)):
+        generation = made.dispatcher.generate(made.request())
+        assert (await anext(generation)).first_index == 0
         d.on_start = whole
-        await eventually(lambda: len(made.registry.views()) == 1, what="the link's return")
-        assert await made.generate(made.request()) == [100, 101, 102, 103]
+        rest = [delta async for delta in generation]
+        assert [(delta.first_index, len(delta.tokens)) for delta in rest] == [(2, 2)]
+        assert made.ended[0].fallbacks == ["queued", "same_workers"]
+        assert list(d.starts[-1].spec.token_ids) == [*PROMPT, 100, 101]
         made.assert_done()
 
 
-async def test_after_two_pairs_decode_workers_are_asked_to_do_it_alone() -> None:
+async def test_a_request_waits_for_the_first_worker_and_is_counted() -> None:
+    async with dispatching() as (made, _, _):
+        waiting = asyncio.ensure_future(made.generate(made.request()))
+        await eventually(lambda: made.dispatcher.num_waiting == 1)
+        async with run_worker("late", Role.DECODE, whole) as worker:
+            made.registry.heard(worker.status())
+            assert await waiting == [100, 101, 102, 103]
+            assert made.dispatcher.num_waiting == 0
+            assert made.ended[0].fallbacks == ["queued"]
+            made.assert_done()
+
+
+async def test_a_worker_that_refuses_is_asked_again_after_a_pause() -> None:
+    def refuse_twice(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        if spec.attempt <= 2:
+            worker.fail(spec, ErrorCode.DRAINING)
+        else:
+            whole(worker, spec)
+
+    async with dispatching((), (refuse_twice,), first_pause_s=0.01) as (made, _, _decode):
+        assert await made.generate(made.request()) == [100, 101, 102, 103]
+        assert [attempt.outcome for attempt in made.ended[0].attempts] == ["draining", "draining", "done"]
+        made.assert_done()
+
+
+async def test_a_decode_worker_that_fails_leaves_the_prefill_worker_its_prompt() -> None:
+    """The prompt is computed already: another decode worker takes it from the same prefill worker."""
+
+    def fail_first(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        (hang_up if spec.attempt == 1 else take_over)(worker, spec)
+
+    async with dispatching((hand_over,) * 4, (fail_first,) * 2) as (made, _, _decode):
+        assert await made.generate(made.request()) == [100, 101, 102, 103]
+        first, second = (attempt.decision.chosen for attempt in made.ended[0].attempts)
+        assert first.prefill is not None
+        assert second.prefill is not None
+        assert second.prefill.incarnation == first.prefill.incarnation
+        assert second.decode.incarnation != first.decode.incarnation
+        assert made.ended[0].fallbacks == ["other_decode"]
+        made.assert_done()
+
+
+async def test_a_prefill_worker_that_fails_leaves_the_decode_worker_its_blocks() -> None:
+    def fail_first(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        (hang_up if spec.attempt == 1 else hand_over)(worker, spec)
+
+    def take_second(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        if spec.attempt > 1:
+            take_over(worker, spec)
+
+    async with dispatching((fail_first,) * 2, (take_second,) * 4) as (made, _, _decode):
+        assert await made.generate(made.request()) == [100, 101, 102, 103]
+        first, second = (attempt.decision.chosen for attempt in made.ended[0].attempts)
+        assert second.decode.incarnation == first.decode.incarnation
+        assert made.ended[0].fallbacks == ["other_prefill"]
+        made.assert_done()
+
+
+async def test_after_three_pairs_decode_workers_are_asked_to_do_it_alone() -> None:
     async with dispatching((fail_handoff,) * 4, (take_over,)) as (made, _, (d,)):
         d.on_start = lambda worker, spec: None if worker.starts[-1].HasField("prefill") else whole(worker, spec)
         assert await made.generate(made.request()) == [100, 101, 102, 103]
         modes = [attempt.decision.chosen.mode.value for attempt in made.ended[0].attempts]
-        assert modes == ["remote", "remote", "local"]
+        assert modes == ["remote", "remote", "remote", "local"]
+        assert made.ended[0].fallbacks == ["other_prefill", "other_prefill", "local_prefill"]
         made.assert_done()
 
 
@@ -263,18 +333,19 @@ async def test_attempts_are_bounded() -> None:
     def refuse(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
         worker.fail(spec, ErrorCode.INTERNAL)
 
-    async with dispatching((), (refuse,) * (MAX_ATTEMPTS + 1)) as (made, _, decode):
+    async with dispatching((), (refuse,) * 4, max_attempts=3) as (made, _, decode):
         with pytest.raises(BatonError):
             await made.generate(made.request())
-        assert sum(len(worker.starts) for worker in decode) == MAX_ATTEMPTS
+        assert sum(len(worker.starts) for worker in decode) == 3
         made.assert_done()
 
 
 async def test_without_workers_a_request_is_refused() -> None:
-    async with dispatching() as (made, _, _):
+    async with dispatching(max_wait_s=0.05) as (made, _, _):
         with pytest.raises(BatonError) as failure:
             await made.generate(made.request())
         assert failure.value.code is ErrorCode.NO_WORKERS
+        assert failure.value.retry_after_s
         assert (made.ended[0].outcome, made.ended[0].missed_because) == ("refused", "refused")
         made.assert_done()
 

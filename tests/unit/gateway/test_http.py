@@ -9,9 +9,10 @@ import pytest
 from fastapi.routing import APIRoute
 from helpers.gateway_api import Gateway, chat_body, completion_body, make_gateway
 
-from baton.services.core.errors import ConfigurationError, ErrorCode
+from baton.services.core.errors import BatonError, ConfigurationError, ErrorCode
 from baton.services.gateway.app import create_app
 from baton.services.gateway.auth import OPEN_PATHS, Authenticator, tenant_salt
+from baton.services.gateway.errors import public_error
 from baton.services.gateway.generation import SloTarget
 from baton.services.gateway.limits import Limits
 
@@ -280,3 +281,11 @@ async def test_tokenize_takes_one_of_both(client: httpx.AsyncClient, body: dict[
 async def test_detokenize_refuses_ids_that_do_not_exist(client: httpx.AsyncClient) -> None:
     response = await client.post("/detokenize", json={"tokens": [1, 10**6]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tokens")
+
+
+def test_a_quarantined_request_is_an_error_that_clients_do_not_try_again() -> None:
+    public = public_error(BatonError(ErrorCode.QUARANTINED, "2 workers were lost"))
+    response = public.response()
+    assert (response.status_code, public.code) == (500, "request_quarantined")
+    assert response.headers["x-should-retry"] == "false"
+    assert "retry-after" not in response.headers

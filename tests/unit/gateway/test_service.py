@@ -124,7 +124,7 @@ async def test_each_request_counts_once_towards_its_service_level(folder: Path) 
 
 
 async def test_refused_requests_count_as_missed(folder: Path) -> None:
-    async with serving(folder) as running:
+    async with serving(folder, worker_wait_s=0.0) as running:
         response = await running.complete()
         assert response.status_code == 503
         assert await running.counters("baton_slo_missed_total") == {("standard", "refused"): 1.0}

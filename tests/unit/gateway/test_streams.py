@@ -18,8 +18,9 @@ from helpers.waiting import eventually
 
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import SampledToken
+from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.app import create_app
-from baton.services.gateway.generation import GenerationRequest, TokenDelta
+from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.limits import Limits
 from baton.services.gateway.tokenizer import ChatOptions, ModelTokenizer
 

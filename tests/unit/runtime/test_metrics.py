@@ -157,3 +157,8 @@ def test_worker_figures_are_read_at_the_scrape_and_leave_with_the_worker() -> No
     statuses.clear()
     assert not [labels for _, labels in samples(metrics) if ("pool", "p-0") in labels or ("worker", "d-0") in labels]
     assert value(metrics, "baton_kv_ledger_error") == 0
+
+
+def test_requests_that_wait_at_the_gateway_count_as_queued() -> None:
+    statuses = [common_pb2.WorkerStatus(queued=2), common_pb2.WorkerStatus(queued=1)]
+    assert value(Metrics(lambda: statuses, num_waiting=lambda: 4), "baton_queued_requests") == 7
