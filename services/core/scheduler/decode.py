@@ -31,6 +31,7 @@ from baton.services.core.scheduler.base import (
     StepResult,
 )
 from baton.services.core.scheduler.block_tables import BlockTables, Plan, Sequence
+from baton.services.core.scheduler.cache_moves import CacheMoves
 from baton.services.core.scheduler.chunking import share_tokens
 from baton.services.core.scheduler.finish import (
     append_token,
@@ -61,6 +62,7 @@ class DecodeScheduler:
     ) -> None:
         self.pool = pool
         self.limits = limits
+        self.moves = CacheMoves(pool, limits.transfer_lease_s)
         self.output_lengths = output_lengths or OutputLengthEstimator()
         self._tables = BlockTables(pool, namer, enable_prefix_caching=enable_prefix_caching)
         self._growth = GrowthPromises(self._tables, self.output_lengths, limits.max_model_len)
@@ -173,6 +175,13 @@ class DecodeScheduler:
     def block_names(self, request_id: str) -> list[bytes]:
         """Names of the request's blocks as it came, full ones, then a partial one. KeyError for one that is not here."""
         return self._sequences[request_id].initial_names
+
+    def room_for_moves(self) -> int:
+        """Blocks that may be taken to bring cached ones here: not those promised to what runs, nor those that the first in
+        the queue waits for."""
+        room = self.pool.num_available - self._growth.outstanding(self._running, self._awaiting.values())
+        first = next(iter(self._queue.values()), None)
+        return room - (0 if first is None else self._plan(first).num_taken)
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(

@@ -30,6 +30,7 @@ from baton.services.core.scheduler.base import (
     StepResult,
 )
 from baton.services.core.scheduler.block_tables import BlockTables, Sequence
+from baton.services.core.scheduler.cache_moves import CacheMoves
 from baton.services.core.scheduler.chunking import share_tokens
 from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token
 from baton.services.core.scheduler.progress import prefill_info, record_chunk
@@ -54,6 +55,7 @@ class PrefillScheduler:
     ) -> None:
         self.pool = pool
         self.limits = limits
+        self.moves = CacheMoves(pool, limits.transfer_lease_s)
         self._tables = BlockTables(pool, namer, enable_prefix_caching=enable_prefix_caching)
         self._sequences: dict[str, Sequence] = {}  # everything that has not ended
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
@@ -131,6 +133,11 @@ class PrefillScheduler:
             return None
         self._end(sequence, FinishReason.ABORT)
         return sequence.request
+
+    def room_for_moves(self) -> int:
+        """Blocks that may be taken to bring cached ones here: not those that the first in the queue waits for."""
+        first = next(iter(self._waiting.values()), None)
+        return self.pool.num_available - (0 if first is None else self._tables.plan(first).num_taken)
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
