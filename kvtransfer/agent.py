@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc.aio
 
 from baton.kvtransfer.context import AgentContext
+from baton.kvtransfer.errors import TransferError
+from baton.kvtransfer.fetch import BlockHolder, Fetch
+from baton.kvtransfer.fetching import FetchDesk
 from baton.kvtransfer.handshake import PeerClient
-from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
+from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.incoming import ReceiverHost
 from baton.kvtransfer.layout import Compatibility
 from baton.kvtransfer.mapping import host_id
@@ -37,6 +40,8 @@ _NUM_COPY_THREADS = 2
 class TransferAgent:
     """Hands blocks of ``memory`` to other workers, and takes theirs on behalf of ``host``.
 
+    ``holder`` gives blocks to peers that ask for them; without one they are refused.
+
     ``transports``: ``"auto"`` or names, best first. The data plane listens on ``data_host:data_port`` (0: any free port) and
     tells peers ``advertised_host`` and ``advertised_port``; the host must be given when listening on every address.
     ``open_channel`` makes the gRPC channel to a peer's address, ``sockets`` those of the data plane. ``clock`` is what
@@ -52,6 +57,7 @@ class TransferAgent:
         memory: BlockMemory,
         host: ReceiverHost,
         *,
+        holder: BlockHolder | None = None,
         transports: str | Sequence[str] = "auto",
         data_host: str = "127.0.0.1",
         data_port: int = 0,
@@ -87,13 +93,14 @@ class TransferAgent:
         )
         self._sending = SendingSide(self._context)
         self._receiving = ReceivingSide(self._context, host)
+        self._desk = FetchDesk(self._context, self._sending, holder)
         self._listener: DataListener | None = None
 
     # Life.
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         """Registers the control plane with the worker's gRPC server, before that starts."""
-        add_to_server(server, self._receiving, self.identity)
+        add_to_server(server, self._receiving, self._desk, self.identity)
 
     async def start(self) -> None:
         """Opens the data plane. Raises TransferError when it cannot listen."""
@@ -115,6 +122,7 @@ class TransferAgent:
 
     async def close(self) -> None:
         """Gives up every handoff, tells the peers, and returns when no byte moves any more. ``memory`` stays its owner's."""
+        await self._desk.close()
         await self._sending.close()
         await self._receiving.close()
         if self._listener is not None:
@@ -137,6 +145,32 @@ class TransferAgent:
     def forget(self, key: HandoffKey) -> None:
         """The handoff is no longer wanted. Idempotent. One under way is given up and its slots come back by ``released``."""
         self._receiving.forget(key)
+
+    # Fetching.
+
+    async def fetch(
+        self,
+        key: HandoffKey,
+        holder: WorkerIdentity,
+        holder_address: str,
+        own_address: str,
+        block_names: Sequence[bytes],
+        deadline_s: float,
+    ) -> int:
+        """Asks ``holder`` for full blocks of one chain; returns how many leading ones it will hand over, at least one.
+
+        They come as a handoff of that key, which is announced here: the host is asked for room and told of the end like for
+        any other, but that the first token is ``NO_TOKEN``. ``forget`` gives it up. The addresses are host:port of gRPC
+        services, the holder's and our own. Raises TransferError when nothing will come; then the key is forgotten.
+        """
+        self.expect(key, holder, deadline_s)
+        handoff = HandoffId(key, holder, self.identity)
+        time_left_s = deadline_s - self._context.clock()
+        try:
+            return await self._desk.ask(Fetch(handoff, own_address, tuple(block_names), time_left_s), holder_address)
+        except TransferError:
+            self.forget(key)
+            raise
 
     # For the worker's metrics, and for tests.
 

@@ -12,6 +12,7 @@ class TransferCode(StrEnum):
     STALE = "stale"  # meant for, or sent by, another incarnation or attempt
     UNKNOWN_HANDOFF = "unknown_handoff"  # nobody announced it, or it ended long ago
     NO_CAPACITY = "no_capacity"  # the receiver has no room and will not wait
+    EVICTED = "evicted"  # the holder has none of the blocks any more that it was asked for
     EXPIRED = "expired"  # a lease or a deadline ran out
     DRAINING = "draining"  # the receiver takes nothing new
     INCOMPLETE = "incomplete"  # blocks are missing although everything was sent

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.errors import Incompatible, TransferError
+from baton.kvtransfer.fetch import Fetch
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility
 from baton.kvtransfer.transport.base import Offer, Source, Transport
@@ -54,6 +55,8 @@ class PeerClient(Protocol):
     async def heartbeat(
         self, sender: WorkerIdentity, receiver: WorkerIdentity, live: Sequence[HandoffKey]
     ) -> HeartbeatReply: ...
+
+    async def fetch(self, fetch: Fetch) -> int: ...
 
     async def close(self) -> None: ...
 

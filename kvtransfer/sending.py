@@ -225,6 +225,10 @@ class SendingSide:
         self._spawn(handoff.open(self._pairs))
         return handoff
 
+    async def reach(self, receiver: WorkerIdentity, address: str) -> None:
+        """Shakes hands if need be. Raises TransferError when the two cannot exchange blocks."""
+        await self._pairs.get(receiver, address)
+
     def tell(self, pair: OutgoingPair | None, message: m.Abort) -> None:
         """Tells the receiver in the background. It may be gone: its lease then says the same."""
         if pair is not None and not pair.is_closed:

@@ -13,6 +13,8 @@ from baton.api.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 from baton.kvtransfer import messages as m
 from baton.kvtransfer import wire
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
+from baton.kvtransfer.fetch import Fetch
+from baton.kvtransfer.fetching import FetchDesk
 from baton.kvtransfer.handshake import Handshake, HandshakeReply, HeartbeatReply
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.receiving import ReceivingSide
@@ -29,10 +31,12 @@ _GRACE_S = 2.0
 
 
 class KVTransferServicer(pb_grpc.KVTransferServiceServicer):
-    """Serves what senders ask of a receiving side. Malformed requests get INVALID_ARGUMENT, naming the field."""
+    """Serves what senders ask of a receiving side, and receivers of a holder. Malformed requests get INVALID_ARGUMENT,
+    naming the field."""
 
-    def __init__(self, receiving: ReceivingSide, identity: WorkerIdentity) -> None:
+    def __init__(self, receiving: ReceivingSide, desk: FetchDesk, identity: WorkerIdentity) -> None:
         self._receiving = receiving
+        self._desk = desk
         self._identity = identity
 
     async def Handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeResponse:
@@ -65,10 +69,17 @@ class KVTransferServicer(pb_grpc.KVTransferServiceServicer):
             return pb.HeartbeatResponse(refusal=wire.refusal_to_wire(error.code, error.message))
         return pb.HeartbeatResponse(unknown=[wire.key_to_wire(key) for key in reply.unknown])
 
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
+        fetch = await _parse(wire.fetch_from_wire, request, context)
+        try:
+            return pb.FetchResponse(num_blocks=await self._desk.serve(fetch))
+        except TransferError as error:
+            return pb.FetchResponse(refusal=wire.refusal_to_wire(error.code, error.message))
 
-def add_to_server(server: grpc.aio.Server, receiving: ReceivingSide, identity: WorkerIdentity) -> None:
+
+def add_to_server(server: grpc.aio.Server, receiving: ReceivingSide, desk: FetchDesk, identity: WorkerIdentity) -> None:
     """Registers the service, before ``server`` starts."""
-    pb_grpc.add_KVTransferServiceServicer_to_server(KVTransferServicer(receiving, identity), server)
+    pb_grpc.add_KVTransferServiceServicer_to_server(KVTransferServicer(receiving, desk, identity), server)
 
 
 def open_local_channel(address: str) -> grpc.aio.Channel:
@@ -122,6 +133,11 @@ class KVTransferClient:
         if response.HasField("refusal"):
             raise wire.refusal_from_wire(response.refusal)
         return HeartbeatReply(self._read(lambda answer: frozenset(map(wire.key_from_wire, answer.unknown)), response))
+
+    async def fetch(self, fetch: Fetch) -> int:
+        timeout_s = min(self._timeout_s, fetch.time_left_s)
+        response = await self._call(self._stub.Fetch, wire.fetch_to_wire(fetch), timeout_s)
+        return self._read(lambda answer: wire.fetch_answer_from_wire(answer, fetch), response)
 
     async def close(self) -> None:
         await self._channel.close(None)

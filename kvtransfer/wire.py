@@ -8,6 +8,7 @@ from baton.api.common.v1 import common_pb2
 from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.errors import TransferCode, TransferError
+from baton.kvtransfer.fetch import NO_TOKEN, Fetch
 from baton.kvtransfer.handshake import Handshake, HandshakeReply
 from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility, KVLayout
@@ -19,6 +20,8 @@ _MAX_IDENTITY_CHARS = 64
 _MAX_REASON_CHARS = 1000
 _MAX_TRANSPORTS = 16
 _MAX_TICKET_BYTES = 64 * 1024
+_MAX_ADDRESS_CHARS = 512
+_MAX_UINT32 = (1 << 32) - 1
 TOKEN_BYTES = 32
 DIGEST_BYTES = 16
 
@@ -208,7 +211,7 @@ def commit_to_wire(message: m.Commit) -> pb.CommitRequest:
         handoff=key,
         endpoints=endpoints,
         manifest_digest=message.digest,
-        first_token=_token_to_wire(message.first_token),
+        first_token=None if message.first_token == NO_TOKEN else _token_to_wire(message.first_token),
         num_bytes=message.num_bytes,
     )
 
@@ -218,7 +221,8 @@ def commit_from_wire(wire: pb.CommitRequest) -> m.Commit:
     _need(size == DIGEST_BYTES, "manifest_digest", f"{size} bytes, not {DIGEST_BYTES}")
     handoff = handoff_from_wire(wire.handoff, wire.endpoints)
     # One commit is under way at a time and its answer goes back on its own call, so rounds are not sent.
-    return m.Commit(handoff, wire.manifest_digest, _token_from_wire(wire.first_token), wire.num_bytes, round=0)
+    first_token = _token_from_wire(wire.first_token) if wire.HasField("first_token") else NO_TOKEN
+    return m.Commit(handoff, wire.manifest_digest, first_token, wire.num_bytes, round=0)
 
 
 def commit_answer_to_wire(answer: m.Ack | m.Incomplete | m.Refuse) -> pb.CommitResponse:
@@ -249,6 +253,34 @@ def abort_to_wire(message: m.Abort) -> pb.AbortRequest:
 def abort_from_wire(wire: pb.AbortRequest) -> m.Abort:
     handoff = handoff_from_wire(wire.handoff, wire.endpoints)
     return m.Abort(handoff, _code(wire.code), wire.reason[:_MAX_REASON_CHARS])
+
+
+def fetch_to_wire(fetch: Fetch) -> pb.FetchRequest:
+    key, endpoints = _who(fetch.handoff)
+    return pb.FetchRequest(
+        handoff=key,
+        endpoints=endpoints,
+        receiver_address=fetch.receiver_address,
+        block_names=fetch.block_names,
+        time_left_ms=max(1, min(_MAX_UINT32, round(fetch.time_left_s * 1e3))),
+    )
+
+
+def fetch_from_wire(wire: pb.FetchRequest) -> Fetch:
+    _need(wire.time_left_ms > 0, "time_left_ms", "must not be 0")
+    length = len(wire.receiver_address)
+    _need(0 < length <= _MAX_ADDRESS_CHARS, "receiver_address", f"{length} characters, not 1 to {_MAX_ADDRESS_CHARS}")
+    handoff = handoff_from_wire(wire.handoff, wire.endpoints)
+    return Fetch(handoff, wire.receiver_address, tuple(wire.block_names), wire.time_left_ms / 1e3)
+
+
+def fetch_answer_from_wire(wire: pb.FetchResponse, fetch: Fetch) -> int:
+    """How many blocks will come. Raises TransferError where none will."""
+    if wire.HasField("refusal"):
+        raise refusal_from_wire(wire.refusal)
+    most = len(fetch.block_names)
+    _need(0 < wire.num_blocks <= most, "num_blocks", f"{wire.num_blocks}, not 1 to {most}")
+    return wire.num_blocks
 
 
 def _token_to_wire(token: m.FirstToken) -> common_pb2.Token:

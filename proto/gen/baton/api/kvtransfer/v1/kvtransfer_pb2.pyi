@@ -178,3 +178,25 @@ class HeartbeatResponse(_message.Message):
     unknown: _containers.RepeatedCompositeFieldContainer[HandoffKey]
     refusal: Refusal
     def __init__(self, unknown: _Optional[_Iterable[_Union[HandoffKey, _Mapping]]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("handoff", "endpoints", "receiver_address", "block_names", "time_left_ms")
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_NAMES_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
+    handoff: HandoffKey
+    endpoints: Endpoints
+    receiver_address: str
+    block_names: _containers.RepeatedScalarFieldContainer[bytes]
+    time_left_ms: int
+    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., receiver_address: _Optional[str] = ..., block_names: _Optional[_Iterable[bytes]] = ..., time_left_ms: _Optional[int] = ...) -> None: ...
+
+class FetchResponse(_message.Message):
+    __slots__ = ("refusal", "num_blocks")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    num_blocks: int
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...

@@ -60,6 +60,11 @@ class KVTransferServiceStub:
                 request_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.HeartbeatResponse.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_unary(
+                '/baton.api.kvtransfer.v1.KVTransferService/Fetch',
+                request_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.SerializeToString,
+                response_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.FromString,
+                _registered_method=True)
 
 
 class KVTransferServiceServicer:
@@ -101,6 +106,13 @@ class KVTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """The other way round: called by a worker that wants blocks, which then come to it as an ordinary handoff.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_KVTransferServiceServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.HeartbeatRequest.FromString,
                     response_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.FromString,
+                    response_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class KVTransferService:
             '/baton.api.kvtransfer.v1.KVTransferService/Heartbeat',
             baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.HeartbeatRequest.SerializeToString,
             baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.api.kvtransfer.v1.KVTransferService/Fetch',
+            baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.SerializeToString,
+            baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.FromString,
             options,
             channel_credentials,
             insecure,
