@@ -13,6 +13,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.failpoint import TransferFailpoint
+from baton.kvtransfer.fetch import NO_TOKEN
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.services.core.errors import BatonError, ErrorCode
@@ -59,7 +60,10 @@ class DecodeWorker(Worker[DecodeScheduler]):
         if active is None:
             return
         if not command.HasField("prefill"):
-            self.enqueue(active)
+            if command.HasField("fetch"):
+                self.fetch_and_enqueue(active, command.fetch)
+            else:
+                self.enqueue(active)
             return
         key = HandoffKey(active.request_id, active.attempt)
         self._expected[active.id] = _Expected(active, key)
@@ -72,6 +76,8 @@ class DecodeWorker(Worker[DecodeScheduler]):
         self, key: HandoffKey, sender: WorkerIdentity, block_names: Sequence[bytes], num_tokens: int
     ) -> Sequence[Slot]:
         """Waits until the blocks fit, with room to grow. Cancelled when the sender gives up."""
+        if key in self.fetcher:
+            return await self.fetcher.reserve(key, sender, block_names, num_tokens)
         expected = self._expected.get(scheduler_id(key.request_id, key.attempt))
         if expected is None:
             raise TransferError(TransferCode.UNKNOWN_HANDOFF, f"{key} is not expected here")
@@ -95,7 +101,12 @@ class DecodeWorker(Worker[DecodeScheduler]):
 
     async def committed(self, key: HandoffKey, first_token: FirstToken, report: TransferReport) -> None:
         """All blocks are here and verified: the request runs from its second token on."""
+        if key in self.fetcher:
+            await self.fetcher.committed(key, first_token, report)
+            return
         await reach_async("decode.before_first", error=TransferFailpoint)
+        if first_token == NO_TOKEN:
+            raise TransferError(TransferCode.PROTOCOL, f"{key} came without a first token")
         expected = self._expected.get(scheduler_id(key.request_id, key.attempt))
         if expected is None:
             raise TransferError(TransferCode.ABORTED, f"{key} was cancelled")
@@ -124,6 +135,9 @@ class DecodeWorker(Worker[DecodeScheduler]):
 
     async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
         """The handoff failed. The slots are free once no write can land in them."""
+        if key in self.fetcher:
+            await self.fetcher.released(key, error, quiet)
+            return
         name = scheduler_id(key.request_id, key.attempt)
         self._let_go(name, quiet=quiet)
         expected = self._expected.pop(name, None)
@@ -143,6 +157,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
                 scheduler.renew_lease(active_id, attempt, now_s)
 
         self.steps.post(renew)
+        self.fetcher.renew_leases()
 
     def _let_go(self, request_id: str, *, quiet: bool) -> None:
         now_s = self._clock()

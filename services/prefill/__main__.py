@@ -10,7 +10,6 @@ import grpc
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.kvtransfer.incoming import ReceiverHost
 from baton.services.prefill.handover import PrefillWorker
-from baton.services.prefill.no_receiver import NothingToReceive
 from baton.services.prefill.servicer import PrefillServicer
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.main import run_service
@@ -26,7 +25,7 @@ class PrefillHost(WorkerHost[PrefillWorker]):
         return PrefillWorker(parts, on_turn, parts.clock)
 
     def receiver(self, worker: PrefillWorker) -> ReceiverHost:
-        return NothingToReceive()
+        return worker.fetcher
 
     def add_servicer(self, server: grpc.aio.Server, worker: PrefillWorker) -> Sequence[str]:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker, self), server)

@@ -71,7 +71,10 @@ class PrefillWorker(Worker[PrefillScheduler]):
             ),
             is_needed=not ends_with_next_token(request, self.limits.max_model_len),
         )
-        self.enqueue(active)
+        if command.HasField("fetch"):
+            self.fetch_and_enqueue(active, command.fetch)
+        else:
+            self.enqueue(active)
 
     def _on_started(self, active: ActiveRequest) -> None:
         # Not earlier: until now the prompt has only waited, and blocks reserved for it over there would wait with it.
@@ -131,6 +134,7 @@ class PrefillWorker(Worker[PrefillScheduler]):
                 scheduler.renew_lease(active_id, attempt, now_s)
 
         self.steps.post(renew)
+        self.fetcher.renew_leases()
 
     def _give_up(self, active: ActiveRequest, reason: str) -> None:
         destination = self._destinations.get(active.id)

@@ -131,7 +131,8 @@ class WorkerHost(ABC, Generic[WorkerT]):
             pool, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
         )
         worker = self.worker = self.make_worker(parts, watch.on_turn)
-        agent = self._agent = worker.agent = self._make_agent(worker)
+        agent = self._agent = worker.agent = worker.fetcher.agent = self._make_agent(worker)
+        worker.fetcher.own_address = self.address
         worker.steps.start()
         stack.push_async_callback(worker.steps.stop)
         stack.push_async_callback(server.stop, 0.5)
@@ -198,6 +199,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 self._compatibility,
                 self._memory,
                 self.receiver(worker),
+                holder=worker.fetcher,
                 transports=settings.transport,
                 data_host=settings.host,
                 data_port=settings.kv_port,

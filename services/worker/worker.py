@@ -11,12 +11,14 @@ import structlog
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.kvtransfer.agent import TransferAgent
+from baton.kvtransfer.identity import HandoffKey
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import Request
 from baton.services.core.scheduler.base import RequestUpdate, Reservation
 from baton.services.core.scheduler.finish import check_can_be_served
 from baton.services.runtime import convert
 from baton.services.runtime.failpoints import reach
+from baton.services.worker.fetching import BlockFetcher
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.requests import ActiveRequest, failure_output, scheduler_id
 from baton.services.worker.session import Session
@@ -49,6 +51,7 @@ class Worker(ABC, Generic[SchedulerT]):
         self._active: dict[str, ActiveRequest] = {}
         self._sessions: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._fetches: dict[str, asyncio.Task[None]] = {}  # requests that wait for cached blocks before they are queued
         self._emptied = asyncio.Event()
         self._emptied.set()
         self.steps: StepLoop[SchedulerT] = parts.step_loop(
@@ -60,6 +63,7 @@ class Worker(ABC, Generic[SchedulerT]):
             on_broken=self._on_broken,
             clock=clock,
         )
+        self.fetcher = BlockFetcher(self.steps, parts.pool.block_size, clock)
 
     @property
     def incarnation(self) -> str:
@@ -135,6 +139,26 @@ class Worker(ABC, Generic[SchedulerT]):
     def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
         """The request got further; returns what the gateway is told."""
 
+    def fetch_and_enqueue(self, active: ActiveRequest, source: pb.FetchSource) -> None:
+        """Queues the request once the blocks that another worker holds are here, or will not be."""
+        # Who wants the logprobs of every prompt token computes all of them anyway.
+        if not self._parts.prefix_caching or active.request.sampling.num_prompt_logprobs is not None:
+            self.enqueue(active)
+        else:
+            task = self.spawn(self._fetch_and_enqueue(active, source), name=f"fetch-{active.id}")
+            self._fetches[active.id] = task
+
+    async def _fetch_and_enqueue(self, active: ActiveRequest, source: pb.FetchSource) -> None:
+        names = self.block_names(active.request)
+        # The last token is computed here in any case, so a block that it fills is of no use.
+        names = names[: (active.request.num_tokens - 1) // self._parts.pool.block_size]
+        key = HandoffKey(active.request_id, active.attempt)
+        report = await self.fetcher.fetch(key, source, names, active.request.deadline_s)
+        del self._fetches[active.id]
+        if report is not None:
+            active.session.send([pb.RequestOutput(request_id=active.request_id, attempt=active.attempt, fetch=report)])
+        self.enqueue(active)
+
     def enqueue(self, active: ActiveRequest) -> None:
         """Queues the request with the scheduler. A refusal ends it with an error output."""
         # Now, not when the task begins: whoever gives the request up before that would abort what is added later.
@@ -155,6 +179,8 @@ class Worker(ABC, Generic[SchedulerT]):
     def forget(self, active: ActiveRequest) -> bool:
         """Takes the request off the list. False when it was off already."""
         was_active = self._active.pop(active.id, None) is not None
+        if (fetch := self._fetches.pop(active.id, None)) is not None:
+            fetch.cancel()
         if not self._active:
             self._emptied.set()
         return was_active
@@ -214,6 +240,7 @@ class Worker(ABC, Generic[SchedulerT]):
         self.is_draining = True
         await self._emptied.wait()
         await self._settle()
+        await self.fetcher.drain()
 
     async def _settle(self) -> None:
         """Waits for what follows a request's end: aborts that peers must hear."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from helpers.scheduling import NAMER, make_limits
@@ -81,6 +82,8 @@ class Answer:
         self.num_ends = 0
         self.handed_over = False
         self.transfer: pb.TransferReport | None = None
+        self.fetch: pb.FetchReport | None = None
+        self.cached_tokens = 0
 
     def take(self, output: pb.RequestOutput) -> None:
         assert not self.num_ends, f"more after the end: {output}"
@@ -88,6 +91,10 @@ class Answer:
         self.handed_over |= output.handed_over
         if output.HasField("transfer"):
             self.transfer = output.transfer
+        if output.HasField("fetch"):
+            self.fetch = output.fetch
+        if output.HasField("prefill"):
+            self.cached_tokens = output.prefill.cached_tokens
         if output.finish_reason:
             self.num_ends += 1
             self.last = output
@@ -157,6 +164,15 @@ class RecordedHandoff:
             self.spec.on_done(error)
 
 
+@dataclass(frozen=True)
+class RecordedFetch:
+    """Blocks that the worker asked a peer for."""
+
+    key: HandoffKey
+    holder: WorkerIdentity
+    block_names: tuple[bytes, ...]
+
+
 class RecordingAgent:
     """Both directions of a transfer agent, as the workers call it."""
 
@@ -164,6 +180,22 @@ class RecordingAgent:
         self.handoffs: list[RecordedHandoff] = []
         self.expected: dict[HandoffKey, WorkerIdentity] = {}
         self.forgotten: list[HandoffKey] = []
+        self.fetches: list[RecordedFetch] = []
+        self.no_blocks: TransferError | None = None  # what the holder says to a fetch
+
+    async def fetch(
+        self,
+        key: HandoffKey,
+        holder: WorkerIdentity,
+        holder_address: str,
+        own_address: str,
+        block_names: Sequence[bytes],
+        deadline_s: float,
+    ) -> int:
+        self.fetches.append(RecordedFetch(key, holder, tuple(block_names)))
+        if self.no_blocks is not None:
+            raise self.no_blocks
+        return len(block_names)
 
     def open(self, spec: HandoffSpec) -> RecordedHandoff:
         if any(not h.is_over and h.spec.request_id == spec.request_id for h in self.handoffs):

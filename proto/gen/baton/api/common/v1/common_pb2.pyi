@@ -130,7 +130,7 @@ class GenerationSpec(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class RequestOutput(_message.Message):
-    __slots__ = ("request_id", "attempt", "first_index", "tokens", "finish_reason", "stop_token_id", "error", "prefill", "transfer", "prompt_tokens", "handed_over")
+    __slots__ = ("request_id", "attempt", "first_index", "tokens", "finish_reason", "stop_token_id", "error", "prefill", "transfer", "prompt_tokens", "handed_over", "fetch")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +142,7 @@ class RequestOutput(_message.Message):
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     first_index: int
@@ -153,7 +154,38 @@ class RequestOutput(_message.Message):
     transfer: TransferReport
     prompt_tokens: _containers.RepeatedCompositeFieldContainer[Token]
     handed_over: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., prefill: _Optional[_Union[PrefillReport, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., prompt_tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., handed_over: _Optional[bool] = ...) -> None: ...
+    fetch: FetchReport
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., first_index: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ..., prefill: _Optional[_Union[PrefillReport, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., prompt_tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., handed_over: _Optional[bool] = ..., fetch: _Optional[_Union[FetchReport, _Mapping]] = ...) -> None: ...
+
+class FetchSource(_message.Message):
+    __slots__ = ("holder", "address", "num_blocks", "patience_ms")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    holder: WorkerIdentity
+    address: str
+    num_blocks: int
+    patience_ms: int
+    def __init__(self, holder: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., patience_ms: _Optional[int] = ...) -> None: ...
+
+class FetchReport(_message.Message):
+    __slots__ = ("holder", "transport", "num_blocks", "num_blocks_skipped", "num_bytes", "duration_ms", "error")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    transport: str
+    num_blocks: int
+    num_blocks_skipped: int
+    num_bytes: int
+    duration_ms: float
+    error: ErrorDetail
+    def __init__(self, holder: _Optional[str] = ..., transport: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_blocks_skipped: _Optional[int] = ..., num_bytes: _Optional[int] = ..., duration_ms: _Optional[float] = ..., error: _Optional[_Union[ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
     __slots__ = ("cached_tokens", "queue_ms", "prefill_ms")

@@ -25,12 +25,14 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., worker_incarnation: _Optional[str] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("spec", "prefill")
+    __slots__ = ("spec", "prefill", "fetch")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     spec: _common_pb2.GenerationSpec
     prefill: _common_pb2.WorkerIdentity
-    def __init__(self, spec: _Optional[_Union[_common_pb2.GenerationSpec, _Mapping]] = ..., prefill: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ...) -> None: ...
+    fetch: _common_pb2.FetchSource
+    def __init__(self, spec: _Optional[_Union[_common_pb2.GenerationSpec, _Mapping]] = ..., prefill: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., fetch: _Optional[_Union[_common_pb2.FetchSource, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "attempt")

@@ -25,14 +25,16 @@ class Hello(_message.Message):
     def __init__(self, gateway: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., worker_incarnation: _Optional[str] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("spec", "decode", "decode_address")
+    __slots__ = ("spec", "decode", "decode_address", "fetch")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     spec: _common_pb2.GenerationSpec
     decode: _common_pb2.WorkerIdentity
     decode_address: str
-    def __init__(self, spec: _Optional[_Union[_common_pb2.GenerationSpec, _Mapping]] = ..., decode: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., decode_address: _Optional[str] = ...) -> None: ...
+    fetch: _common_pb2.FetchSource
+    def __init__(self, spec: _Optional[_Union[_common_pb2.GenerationSpec, _Mapping]] = ..., decode: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., decode_address: _Optional[str] = ..., fetch: _Optional[_Union[_common_pb2.FetchSource, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "attempt")
