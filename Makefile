@@ -27,6 +27,8 @@ PACKAGES := baton.services baton.kernels baton.kvtransfer baton.load
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 CHECKS := check-format check-lint check-types check-architecture check-proto check-chart
 TEST_WORKERS ?= 2
+SEEDS ?= 1000
+FIRST ?= 0
 
 .PHONY: help
 help: ## list the targets
@@ -43,12 +45,16 @@ demo: $(VENV)/.serve ## one question through both pools, its answer and receipt
 
 # ---- develop ---------------------------------------------------------------------------------------------------------
 
-.PHONY: setup test check bench gpu-check proto clean $(CHECKS)
+.PHONY: setup test sim check bench gpu-check proto clean $(CHECKS)
 setup: $(VENV)/.dev ## make the environment with everything that developing needs
 
 # One compute thread per process: with two test processes and their children on two cores, more only wait for each other.
 test: $(VENV)/.dev ## run the whole test suite; ARGS="-k name"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+# One seed alone, with everything that happens in it: make sim ARGS="--seed 17 --trace"
+sim: $(VENV)/.dev ## simulate whole installations with faults; SEEDS=10000 FIRST=0
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -P -m helpers.simulation --seeds $(SEEDS) --first $(FIRST) $(ARGS)
 
 check: $(VENV)/.dev .dev/baton ## format, lint, types, layers, protocols, chart
 	@$(MAKE) --no-print-directory -k -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)

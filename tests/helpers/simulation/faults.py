@@ -1,0 +1,183 @@
+"""Does to a running world what its scenario says, and undoes it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from helpers.simulation.scenario import Fault
+from helpers.simulation.worker import SimWorker
+
+if TYPE_CHECKING:
+    from helpers.simulation.world import World
+
+# A supervisor starts a process again after this.
+RESTART_S = 0.5
+
+
+class Injector:
+    """All faults of one run. ``counts``: those that hit something."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.counts: Counter[str] = Counter()
+        self._undo: dict[int, tuple[str, object]] = {}
+        self._blocked: list[list[tuple[str, str]]] = []
+
+    def plan(self, start_s: float) -> None:
+        loop = self._world.loop
+        for fault in self._world.scenario.faults:
+            loop.call_at(start_s + fault.at_s, self._inject, fault)
+        loop.call_later(RESTART_S, self._supervise)
+
+    def _supervise(self) -> None:
+        """Starts again what ended although nobody asked for it, as the supervisor of an installation does."""
+        world = self._world
+        for worker in world.workers:
+            if not worker.is_alive and worker.name not in self._down:
+                worker.start()
+        world.loop.call_later(RESTART_S, self._supervise)
+
+    @property
+    def _down(self) -> set[str]:
+        return {str(target) for kind, target in self._undo.values() if kind == "down"}
+
+    def _inject(self, fault: Fault) -> None:
+        world = self._world
+        world.trace.note("fault", f"{fault.kind} {fault.target} {fault.other} {fault.lasts_s} x{fault.count}")
+        self.counts[fault.kind] += 1
+        getattr(self, f"_do_{fault.kind}")(fault, None if fault.kind == "gateway" else world.worker(fault.target))
+
+    def _later(self, fault: Fault, undo: str, target: object) -> None:
+        """Undone when its time is over, or at the end of the load."""
+        key = len(self._undo) + sum(self.counts.values()) * 1000
+        self._undo[key] = (undo, target)
+        if fault.lasts_s is not None:
+            self._world.loop.call_later(fault.lasts_s, self._undo_one, key)
+
+    def _undo_one(self, key: int) -> None:
+        entry = self._undo.pop(key, None)
+        if entry is None:
+            return
+        undo, target = entry
+        world, network = self._world, self._world.network
+        world.trace.note("fault", f"over: {undo} {target}")
+        match undo:
+            case "down":
+                network.power_on(str(target))
+                if str(target) == "gateway":
+                    world.gateway.start()
+                elif not world.worker(str(target)).is_alive:
+                    world.worker(str(target)).start()
+            case "paused":
+                assert isinstance(target, SimWorker)
+                target.wake()
+            case "blocked":
+                network.unblock(target)  # type: ignore[arg-type]
+            case "bus_down":
+                world.bus.start()
+            case "bus_cut":
+                world.bus.heal(str(target))
+            case "bus_loss":
+                world.bus.loss = 0.0
+            case "slow":
+                target.slowness = 1.0  # type: ignore[attr-defined]
+            case "slow_link":
+                network.slowness.clear()
+
+    async def heal(self) -> None:
+        """Undoes everything that still is; machines that are down for good stay down."""
+        for fault in self._world.scenario.faults:
+            fault.count = 0
+        self._world.sockets.damage.clear()
+        for key in list(self._undo):
+            if self._undo[key][0] != "down" or self._undo[key][1] == "gateway":
+                self._undo_one(key)
+        for worker in self._world.workers:
+            if worker.is_alive and worker.host is not None and worker.engine.hangs:
+                worker.engine.hangs = False
+        await asyncio.sleep(0)
+
+    # What each kind does.
+
+    def _do_crash(self, fault: Fault, worker: SimWorker) -> None:
+        self._later(fault, "down", worker.name)
+        worker.kill()
+
+    def _do_power(self, fault: Fault, worker: SimWorker) -> None:
+        self._later(fault, "down", worker.name)
+        worker.kill(power=False)
+
+    def _do_drain(self, fault: Fault, worker: SimWorker) -> None:
+        self._later(fault, "down", worker.name)
+        worker.terminate()
+
+    def _do_pause(self, fault: Fault, worker: SimWorker) -> None:
+        if worker.is_alive:
+            worker.pause()
+            self._later(fault, "paused", worker)
+
+    def _do_block(self, fault: Fault, worker: SimWorker) -> None:
+        ways = [(fault.target, fault.other), (fault.other, fault.target)]
+        if fault.count == 2:
+            ways = ways[:1]  # one direction alone
+        self._world.network.block(ways)
+        self._later(fault, "blocked", ways)
+
+    def _do_block_data(self, fault: Fault, worker: SimWorker) -> None:
+        self._do_block(fault, worker)
+
+    def _do_reset(self, fault: Fault, worker: SimWorker) -> None:
+        for _ in range(fault.count):
+            self._world.network.reset(fault.target, fault.other, kinds=("rpc", "data"))
+
+    def _harm(self, fault: Fault, kind: str) -> None:
+        for way in ((fault.target, fault.other), (fault.other, fault.target)):
+            self._world.sockets.damage.setdefault(way, []).extend([kind] * fault.count)
+
+    def _do_flip(self, fault: Fault, worker: SimWorker) -> None:
+        self._harm(fault, "flip")
+
+    def _do_cut(self, fault: Fault, worker: SimWorker) -> None:
+        self._harm(fault, "cut")
+
+    def _do_double(self, fault: Fault, worker: SimWorker) -> None:
+        self._harm(fault, "double")
+
+    def _do_bus_down(self, fault: Fault, worker: SimWorker) -> None:
+        self._world.bus.stop()
+        self._later(fault, "bus_down", "nats")
+
+    def _do_bus_cut(self, fault: Fault, worker: SimWorker) -> None:
+        host = fault.other if fault.count == 2 else fault.target
+        self._world.bus.cut(host)
+        self._later(fault, "bus_cut", host)
+
+    def _do_bus_loss(self, fault: Fault, worker: SimWorker) -> None:
+        self._world.bus.loss = 0.3
+        self._later(fault, "bus_loss", "nats")
+
+    def _do_slow(self, fault: Fault, worker: SimWorker) -> None:
+        if worker.is_alive and worker.host is not None:
+            worker.engine.slowness = 20.0
+            self._later(fault, "slow", worker.engine)
+
+    def _do_slow_link(self, fault: Fault, worker: SimWorker) -> None:
+        self._world.network.slowness[fault.target, fault.other] = 100.0
+        self._later(fault, "slow_link", "")
+
+    def _do_raise(self, fault: Fault, worker: SimWorker) -> None:
+        if worker.is_alive and worker.host is not None:
+            worker.engine.failures = min(2, fault.count)
+
+    def _do_hang(self, fault: Fault, worker: SimWorker) -> None:
+        if worker.is_alive and worker.host is not None:
+            worker.engine.hangs = True
+
+    def _do_gateway(self, fault: Fault, worker: SimWorker | None) -> None:
+        if self._world.gateway.is_alive:
+            self._later(fault, "down", "gateway")
+            self._world.gateway.kill()
+            for client in self._world.clients:
+                client.gateway_lost()

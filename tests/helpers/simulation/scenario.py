@@ -1,0 +1,163 @@
+"""What a seed decides before anything runs: machines, load and faults."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from helpers.simulation.clients import Ask
+from helpers.simulation.model import BLOCK_SIZE, EOS, MAX_MODEL_LEN, VOCABULARY
+
+from baton.services.core.request import SamplingParams
+from baton.services.core.router import Placement
+
+# Faults that a pair with a spare survives without anybody noticing but by the time it takes.
+SURVIVABLE = (
+    "crash", "power", "pause", "block", "reset", "flip", "cut", "double", "bus_down", "bus_cut", "bus_loss", "slow",
+    "raise", "drain", "slow_link", "block_data", "hang",
+)  # fmt: skip
+# Everything else. What kills the gateway ends its requests; the rest is for workers.
+OTHERS = ("gateway",)
+
+
+@dataclass
+class WorkerSpec:
+    """One worker machine."""
+
+    role: str
+    index: int
+    num_blocks: int
+    step_s: float
+    token_s: float
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+
+@dataclass
+class Fault:
+    """One fault. ``target`` and ``other`` are machines; ``lasts_s`` None: for good."""
+
+    kind: str
+    at_s: float  # after the load began
+    target: str
+    other: str = ""
+    lasts_s: float | None = None
+    count: int = 1
+
+
+@dataclass
+class Scenario:
+    """A run, in full. The same seed draws the same one."""
+
+    seed: int
+    workers: list[WorkerSpec]
+    asks: list[Ask]
+    faults: list[Fault]
+    placement: Placement
+    socket_bytes: int
+    bytes_per_s: float
+    has_spare: bool = False  # one fault, one spare of each kind: nobody may fail
+    extra_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def draw_scenario(seed: int, *, num_faults: int | None = None, kinds: tuple[str, ...] | None = None) -> Scenario:
+    """``num_faults`` and ``kinds`` narrow what is drawn, for whoever looks for something."""
+    rng = random.Random(seed)
+    has_spare = rng.random() < 0.4 if num_faults is None else num_faults <= 1
+    num_prefill = 2 if has_spare else rng.choice([1, 1, 2, 2, 3])
+    num_decode = 2 if has_spare else rng.choice([1, 1, 2, 2, 3])
+    is_tiny = rng.random() < 0.35
+    step_s = rng.choice([0.005, 0.02, 0.05])
+    settings: dict[str, Any] = {
+        "max_num_seqs": rng.choice([2, 4, 8]),
+        "max_num_batched_tokens": rng.choice([8, 16, 48]),
+        "prefix_caching": rng.random() < 0.85,
+        "drain_timeout_s": rng.choice([1.0, 10.0, 30.0]),
+    }
+    workers = [
+        WorkerSpec(
+            role,
+            index,
+            rng.randint(MAX_MODEL_LEN // BLOCK_SIZE, 26) if is_tiny else rng.randint(40, 120),
+            step_s * rng.choice([1.0, 1.0, 1.5]),
+            rng.choice([1e-5, 2e-4]),
+            dict(settings),
+        )
+        for role, count in (("prefill", num_prefill), ("decode", num_decode))
+        for index in range(count)
+    ]
+    if has_spare:
+        count = 1
+    elif num_faults is not None:
+        count = num_faults
+    else:
+        count = rng.choice([0, 1, 1, 2, 2, 3, 4])
+    if num_faults == 0:
+        count = 0
+    asks = _draw_asks(rng, seed, timeout_s=240.0 if has_spare else rng.choice([8.0, 30.0, 60.0, 120.0]))
+    names = [worker.name for worker in workers]
+    # Faults fall where something is going on: a little after requests came.
+    busy_s = [ask.at_s + rng.expovariate(1.0 / (12 * step_s)) for ask in asks]
+    if kinds is None:
+        kinds = SURVIVABLE if has_spare else SURVIVABLE + OTHERS
+    faults = [_draw_fault(rng, rng.choice(kinds), names, rng.choice(busy_s)) for _ in range(count)]
+    return Scenario(
+        seed,
+        workers,
+        asks,
+        faults,
+        rng.choice([Placement.REMOTE, Placement.REMOTE, Placement.REMOTE, Placement.AUTO, Placement.LOCAL]),
+        socket_bytes=rng.choice([200, 1000, 1 << 16]),
+        bytes_per_s=rng.choice([2e4, 1e6, 1e9]),
+        has_spare=has_spare,
+    )
+
+
+def _draw_asks(rng: random.Random, seed: int, *, timeout_s: float) -> list[Ask]:
+    num_asks = rng.randint(4, 18)
+    span_s = rng.choice([0.02, 0.3, 1.0])
+    shared = [rng.randrange(1, VOCABULARY) for _ in range(40)]
+    asks = []
+    for number in range(num_asks):
+        prefix = shared[: rng.choice([0, 0, 4, 8, 16, 30])]
+        prompt = prefix + [rng.randrange(1, VOCABULARY) for _ in range(rng.choice([1, 3, 8, 20]))]
+        max_tokens = rng.choice([1, 2, 6, 12, 30])
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=rng.choice([0.0, 1.0]),
+            seed=rng.getrandbits(64),
+            eos_token_ids=frozenset({EOS}),
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=frozenset({rng.randrange(VOCABULARY)}) if rng.random() < 0.2 else frozenset(),
+            min_tokens=min(max_tokens, rng.choice([0, 0, 3])),
+        )
+        asks.append(
+            Ask(
+                f"s{seed}-r{number}",
+                rng.uniform(0.0, span_s),
+                prompt,
+                sampling,
+                rng.choice(["", "", "tenant-a", "tenant-b"]),
+                timeout_s,
+                leaves_after_s=rng.expovariate(4.0) if rng.random() < 0.15 else None,
+                stops_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
+            )
+        )
+    return asks
+
+
+def _draw_fault(rng: random.Random, kind: str, names: list[str], at_s: float) -> Fault:
+    target = rng.choice(names)
+    others = ["gateway", *(name for name in names if name.split("-")[0] != target.split("-")[0])]
+    other = rng.choice(others)
+    if kind in ("flip", "cut", "double", "block_data"):
+        other = rng.choice(others[1:]) if len(others) > 1 else "gateway"
+    lasts_s: float | None = rng.choice([0.05, 0.5, 3.0, 12.0, 40.0])
+    if kind in ("crash", "power", "drain") and rng.random() < 0.3:
+        lasts_s = None
+    return Fault(kind, at_s, target, other, lasts_s, count=rng.choice([1, 1, 2, 5]))
