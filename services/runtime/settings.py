@@ -49,6 +49,7 @@ StringList = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
 SecretList = Annotated[list[SecretStr], NoDecode, BeforeValidator(_split_commas)]
 Size = Annotated[ByteSize, BeforeValidator(_positive_size)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+PublicPort = Annotated[int | None, Field(ge=1, le=65535)]
 
 
 class Settings(BaseSettings):
@@ -268,6 +269,12 @@ class WorkerSettings(ModelSettings, BusSettings):
     kv_port: Port = Field(0, description="Port of the KV data plane. 0: any free one.")
     advertise_host: str | None = Field(
         None, min_length=1, description="Host that others reach this worker by. Default: --host."
+    )
+    advertise_port: PublicPort = Field(
+        None, description="gRPC port that others reach this worker by, behind NAT, say. Default: the one it listens on."
+    )
+    advertise_kv_port: PublicPort = Field(
+        None, description="Port that peers reach its KV data plane by. Default: the one it listens on."
     )
 
     @field_validator("worker_id")

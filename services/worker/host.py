@@ -169,7 +169,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
 
     @property
     def address(self) -> str:
-        return format_address(self.settings.public_host, self._port)
+        return format_address(self.settings.public_host, self.settings.advertise_port or self._port)
 
     def _load_model(self) -> LoadedModel:
         settings = self.settings
@@ -204,6 +204,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 data_host=settings.host,
                 data_port=settings.kv_port,
                 advertised_host=settings.public_host,
+                advertised_port=settings.advertise_kv_port,
                 open_channel=self._environment.open_channel,
                 sockets=self._environment.sockets,
                 clock=self._environment.clock,

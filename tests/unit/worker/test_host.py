@@ -123,6 +123,14 @@ async def test_a_drain_whose_time_is_over_gives_up_what_is_left_and_counts_it(lo
     await host.stop()
 
 
+async def test_a_worker_behind_a_port_mapping_announces_the_ports_that_others_reach(loaded: LoadedModel) -> None:
+    host = make_host(loaded, advertise_host="10.1.2.3", advertise_port=7001, advertise_kv_port=7002)
+    await host.start()
+    status = await host.status()
+    assert (status.address, status.kv_data_address) == ("10.1.2.3:7001", "10.1.2.3:7002")
+    await host.stop()
+
+
 @pytest.mark.parametrize("option", ["port", "kv_port"])
 async def test_a_start_that_fails_ends_what_it_had_begun(loaded: LoadedModel, option: str) -> None:
     with socket.socket() as taken:
