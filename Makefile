@@ -45,7 +45,7 @@ demo: $(VENV)/.serve ## one question through both pools, its answer and receipt
 
 # ---- develop ---------------------------------------------------------------------------------------------------------
 
-.PHONY: setup test sim check bench gpu-check proto clean $(CHECKS)
+.PHONY: setup test sim check bench chaos gpu-check proto clean $(CHECKS)
 setup: $(VENV)/.dev ## make the environment with everything that developing needs
 
 # One compute thread per process: with two test processes and their children on two cores, more only wait for each other.
@@ -80,6 +80,10 @@ check-chart:
 
 bench: $(VENV)/.dev ## benchmarks: a table, and JSON in bench-results/
 	$(BIN)/python -P -m baton.load.bench $(ARGS)
+
+# The tests' folder is where its helpers are found; children do not inherit it.
+chaos: $(VENV)/.dev ## break a running installation in every way and count; ARGS="--only F4", "--list"
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -P -m chaos $(ARGS)
 
 gpu-check: $(VENV)/.dev ## kernels on a CUDA GPU: compared with their references, then timed; ARGS="--tune"
 	$(BIN)/python -P -m baton.kernels.gpu_check $(ARGS)

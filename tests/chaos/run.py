@@ -1,0 +1,296 @@
+"""Runs one variant of a scenario on a running cluster: load, faults at their moments, and what is left afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from typing import Any
+
+from chaos.client import get_json
+from chaos.cluster import ChaosCluster
+from chaos.failpoints import set_failpoints
+from chaos.load import Exchange, Reference, Shape, make_exchanges, run_load
+from chaos.probes import PROBES
+from chaos.processes import Held
+from chaos.results import Result, judge
+from chaos.scenario import Scenario, Step
+from helpers.fault_proxy import Fault
+
+_POLL_S = 0.01
+_STEP_TIMEOUT_S = 120.0
+_SAME_AGAIN_S = 20.0  # for descriptors of connections that end by themselves
+# Touches every pair of workers, so that what a pair keeps open is open before and after.
+_WARM_UP = Shape(requests=24, streams=8, prompt_tokens=(20, 120), max_tokens=(4, 12), seed=999)
+
+
+class Run:
+    """One variant. ``name`` is unique among all runs on the cluster."""
+
+    def __init__(self, cluster: ChaosCluster, scenario: Scenario, reference: Reference, name: str) -> None:
+        self.cluster, self.scenario, self.reference, self.name = cluster, scenario, reference, name
+        self.exchanges: list[Exchange] = []
+        self.result = Result()
+        self.faults: list[Fault] = []
+        self._load: asyncio.Task[None] | None = None
+        self._memory: dict[tuple[str, int], int] = {}
+        self._pieces_before: dict[str, int] = {}
+        self._gone: dict[str, float] = {}  # worker -> when the gateway took it for gone
+        self._faulted_s: dict[str, float] = {}
+        self._expected_ends: set[tuple[str, int]] = set()  # (process, pid) that we ended ourselves
+
+    async def execute(self, steps: Sequence[Step]) -> Result:
+        cluster, shape = self.cluster, self.scenario.load
+        asks = await self.reference.make_asks(cluster.url, shape)
+        await warm_up(cluster, self.reference, f"{self.name}-before")
+        before = held_by(cluster)
+        self._pieces_before = dict(cluster.board.num_pieces)
+        fenced = await self._fenced()
+        self.exchanges = make_exchanges(shape, asks, self.name)
+        watches = [
+            asyncio.create_task(work)
+            for work in (self._watch_workers(), self._supervise(), self._measure_memory(len(self.exchanges)))
+        ]
+        try:
+            self._load = asyncio.create_task(run_load(cluster.url, shape, self.exchanges, len(asks), self.name))
+            for step in steps:
+                await self._until(step.when)
+                await self._do(step)
+            await self._load
+        finally:
+            self._load.cancel()
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(self._load, *watches, return_exceptions=True)
+        counted = judge(self.exchanges, self.reference)
+        counted.add(self.result)
+        self.result = counted
+        self.result.injected = sum(sum(fault.done.values()) for fault in self.faults)
+        now = await self._fenced()
+        self.result.fenced += sum(number - fenced.get(incarnation, 0) for incarnation, number in now.items())
+        await self._count_retries()
+        self._measure_recovery()
+        await self._count_leaks(before)
+        return self.result
+
+    # Triggers.
+
+    async def _until(self, when: Mapping[str, Any]) -> None:
+        started_s = time.monotonic()
+        while not await self._is_time(when, started_s):
+            if time.monotonic() - started_s > _STEP_TIMEOUT_S:
+                raise TimeoutError(f"{self.name}: {dict(when)} did not come")
+            await asyncio.sleep(_POLL_S)
+
+    async def _is_time(self, when: Mapping[str, Any], started_s: float) -> bool:
+        answers = [exchange.answer for exchange in self.exchanges]
+        assert self._load is not None
+        checks = {
+            "seconds": lambda n: time.monotonic() - started_s >= n,
+            "sent": lambda n: sum(answer.sent_s > 0 for answer in answers) >= n,
+            "tokens": lambda n: sum(len(answer.token_ids) for answer in answers) >= n,
+            "ended": lambda n: sum(answer.ended_s > 0 for answer in answers) >= n,
+            "streaming": lambda n: sum(bool(a.token_ids) and not a.ended_s for a in answers) >= n,
+            "pieces": lambda v: self._pieces(v["link"]) >= v["at_least"],
+        }
+        if self._load.done() and set(when) & {"sent", "tokens", "ended", "streaming", "pieces"}:
+            return True  # it will not come any more
+        for name, value in when.items():
+            if name == "load_ended":
+                await asyncio.wait([self._load])
+            elif name in ("state", "queued"):
+                workers = {worker["id"]: worker for worker in await self.cluster.workers()}
+                worker = workers.get(value["worker"])
+                if name == "state" and (worker["state"] if worker else "unknown") not in value["is"]:
+                    return False
+                if name == "queued" and (worker is None or worker["queued"] < value["at_least"]):
+                    return False
+            elif not checks[name](value):
+                return False
+        return True
+
+    def _pieces(self, link: str) -> int:
+        """Those of this run."""
+        board = self.cluster.board
+        return board.pieces(link) - sum(n for name, n in self._pieces_before.items() if fnmatchcase(name, link))
+
+    # Actions.
+
+    async def _do(self, step: Step) -> None:
+        arguments = step.arguments
+        match step.action:
+            case "signal":
+                for name in _names(arguments["process"]):
+                    await self._signal(name, getattr(signal, f"SIG{arguments['signal']}"))
+            case "start":
+                for name in _names(arguments):
+                    if not self.cluster.processes[name].is_running:
+                        await self.cluster.processes[name].start()
+            case "fault":
+                values = dict(arguments)
+                self.faults.append(self.cluster.board.set(values.pop("link"), Fault(**values)))
+            case "clear":
+                self.cluster.board.clear(arguments)
+            case "failpoint":
+                for name in _names(arguments["process"]):
+                    await set_failpoints(self.cluster, name, arguments["rules"])
+            case "add_worker":
+                process = await self.cluster.add_worker(
+                    arguments["name"], arguments.get("id"), **arguments.get("settings", {})
+                )
+                await process.start()
+            case "wait_ready":
+                await self.cluster.wait_ready()
+            case "pause":
+                await asyncio.sleep(float(arguments))
+            case "probe":
+                names = [arguments] if isinstance(arguments, str) else arguments
+                for name in names:
+                    self._note_probe(name, await PROBES[name](self.cluster, self))
+            case other:
+                raise ValueError(f"unknown action {other}")
+
+    async def _signal(self, name: str, number: signal.Signals) -> None:
+        process = self.cluster.processes[name]
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            self._expected_ends.add((name, process.pid))
+        if number != signal.SIGCONT:
+            self._faulted_s[name] = time.monotonic()
+        process.signal(number)
+        if number == signal.SIGKILL:
+            await process.wait()
+
+    def _note_probe(self, name: str, problem: str) -> None:
+        if problem:
+            self.result.wrong += 1
+            self.result.notes.append(f"probe {name}: {problem}")
+
+    # Beside the load.
+
+    async def _watch_workers(self) -> None:
+        """Notes when the gateway no longer counts on a worker that something was done to."""
+        while True:
+            watched = [name for name in self._faulted_s if name not in self._gone and name in self.cluster.worker_names]
+            if watched:
+                states = await self.cluster.states()
+                now_s = time.monotonic()
+                for name in watched:
+                    if states and states.get(name, "unknown") != "ready":
+                        self._gone[name] = now_s
+            await asyncio.sleep(0.05)
+
+    async def _supervise(self) -> None:
+        """Counts what ends by itself, and starts again what ended where the scenario has a supervisor."""
+        while True:
+            for name, process in list(self.cluster.processes.items()):
+                if process.num_starts and not process.is_running:
+                    key = (name, process.pid)
+                    if key not in self._expected_ends:
+                        self._expected_ends.add(key)
+                        self.result.crashes += 1
+                    if self.scenario.restarts:
+                        await asyncio.sleep(0.2)
+                        with suppress(AssertionError):  # a step was faster
+                            await process.start()
+            await asyncio.sleep(0.05)
+
+    # Afterwards.
+
+    async def _fenced(self) -> dict[str, int]:
+        """Stale messages that were refused, by incarnation."""
+        return {worker["incarnation"]: int(worker["fenced_total"]) for worker in await self.cluster.workers()}
+
+    async def _count_retries(self) -> None:
+        if "gateway" in self._faulted_s:
+            return  # the receipts are gone with it
+        for exchange in self.exchanges:
+            with suppress(OSError, ValueError, KeyError, TimeoutError, EOFError):
+                receipt = await get_json(self.cluster.url, f"/v1/requests/{exchange.request_id}")
+                self.result.retries += receipt["retries"]
+
+    def _measure_recovery(self) -> None:
+        """Detection: from the fault until the gateway stops counting on the worker. Recovery: from then until every stream
+        that was under way has its next token."""
+        for name, faulted_s in self._faulted_s.items():
+            if name not in self.cluster.worker_names:
+                continue
+            gone_s = self._gone.get(name)
+            if gone_s is not None:
+                self.result.detection_s = max(self.result.detection_s or 0.0, gone_s - faulted_s)
+            self._measure_gaps(faulted_s if gone_s is None else gone_s)
+
+    def _measure_gaps(self, since_s: float) -> None:
+        for exchange in self.exchanges:
+            times = exchange.answer.token_s
+            if not times or times[0] > since_s or exchange.answer.hung_up:
+                continue
+            later = next((token_s for token_s in times if token_s > since_s), None)
+            if later is not None:
+                self.result.recovery_s = max(self.result.recovery_s or 0.0, later - since_s)
+
+    async def _measure_memory(self, num_requests: int) -> None:
+        """What each process has to itself after half of the requests: by then buffers and caches have their size."""
+        while 2 * sum(exchange.answer.ended_s > 0 for exchange in self.exchanges) < num_requests:
+            await asyncio.sleep(0.2)
+        self._memory = private_bytes(self.cluster)
+
+    async def _count_leaks(self, before: dict[tuple[str, int], Held]) -> None:
+        cluster, result = self.cluster, self.result
+        started_s = time.monotonic()
+        while (held := await cluster.held()) and time.monotonic() - started_s < self.scenario.expect.clean_s:
+            await asyncio.sleep(0.1)
+        result.clean_s = time.monotonic() - started_s
+        result.leaked += sum(held.values())
+        result.notes += [f"still held: {name} {number}" for name, number in held.items()]
+        now = private_bytes(cluster)
+        growth = {key: now[key] / self._memory[key] for key in self._memory.keys() & now.keys()}
+        result.growth = max(growth.values(), default=None)
+        if self.scenario.expect.max_growth is not None:
+            result.notes += [
+                f"memory of {key[0]}: {now[key] >> 20} MiB, {factor:.3f} of half-way" for key, factor in growth.items()
+            ]
+        if not self.scenario.is_last:
+            await cluster.heal()
+            await warm_up(cluster, self.reference, f"{self.name}-after")
+        started_s = time.monotonic()
+        while (more := _more_held(before, held_by(cluster))) and time.monotonic() - started_s < _SAME_AGAIN_S:
+            await asyncio.sleep(0.2)
+        result.leaked += sum(more.values())
+        result.notes += [f"still open: {name} {number}" for name, number in more.items()]
+
+
+async def warm_up(cluster: ChaosCluster, reference: Reference, name: str) -> None:
+    """A short load without faults, whose answers have to be right as well."""
+    asks = await reference.make_asks(cluster.url, _WARM_UP)
+    exchanges = make_exchanges(_WARM_UP, asks, name)
+    await run_load(cluster.url, _WARM_UP, exchanges, len(asks), name)
+    result = judge(exchanges, reference)
+    assert not any((result.failed, result.wrong, result.lost, result.doubled)), result.notes
+
+
+def held_by(cluster: ChaosCluster) -> dict[tuple[str, int], Held]:
+    """What each running process holds of the system, by name and pid."""
+    running = [(name, process) for name, process in cluster.processes.items() if process.is_running]
+    return {(name, process.pid): process.held() for name, process in running}
+
+
+def private_bytes(cluster: ChaosCluster) -> dict[tuple[str, int], int]:
+    """Memory that each running process shares with nobody, by name and pid."""
+    running = [(name, process) for name, process in cluster.processes.items() if process.is_running]
+    return {(name, process.pid): process.private_bytes() for name, process in running}
+
+
+def _more_held(before: dict[tuple[str, int], Held], now: dict[tuple[str, int], Held]) -> dict[str, int]:
+    """By how much processes that lived through it all hold more than before."""
+    more = {}
+    for key in before.keys() & now.keys():
+        more[f"{key[0]} descriptors"] = now[key].descriptors - before[key].descriptors
+        more[f"{key[0]} segments"] = now[key].segments - before[key].segments
+    return {name: number for name, number in more.items() if number > 0}
+
+
+def _names(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value

@@ -1,0 +1,56 @@
+"""The short form of `make chaos`: real processes, real faults, and every token compared with an undisturbed run."""
+
+from __future__ import annotations
+
+import pytest
+from chaos.scenario import FOLDER, Scenario, load_scenarios
+from chaos.suite import run_scenarios
+
+SHORT = FOLDER / "short"
+# What has to be covered, by the numbers of the list of failures.
+COVERED = {*range(1, 9), *range(11, 21), 22, *range(26, 29), *range(30, 33), 40, 41, 43, 44}
+
+
+@pytest.mark.timeout(900)
+async def test_every_fault_of_the_short_form_ends_as_it_should(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # One test for all: they share an installation, whose start takes longer than they do.
+    said: list[str] = []
+    outcomes = await run_scenarios(load_scenarios(SHORT), tmp_path_factory.mktemp("logs"), said.append)
+    failed = {o.scenario.name: (o.problems, o.result.notes[:5]) for o in outcomes if o.problems}
+    assert not failed, "\n".join([str(failed), *said])
+
+
+def test_every_failure_that_must_be_covered_has_a_scenario() -> None:
+    covered = {int(failure[1:]) for scenario in load_scenarios() for failure in scenario.failures}
+    assert covered >= COVERED
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"name": "x", "failures": [], "says": "", "stpes": []}, "stpes"),
+        ({"name": "x", "failures": [], "says": "", "steps": [{"kill": "decode-0"}]}, "exactly one of"),
+        ({"name": "x", "failures": [], "says": "", "steps": [{"when": {"moon": 1}, "pause": 1}]}, "moon"),
+        ({"name": "x", "failures": [], "says": "", "expect": {"faild": 1}}, "faild"),
+        ({"name": "x", "failures": [], "says": "", "load": {"request": 1}}, "request"),
+    ],
+)
+def test_a_scenario_with_a_mistake_is_refused(document: dict[str, object], words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        Scenario.parse(document)
+
+
+def test_a_sweep_gives_one_variant_for_each_value() -> None:
+    scenario = Scenario.parse(
+        {
+            "name": "x",
+            "failures": ["F3"],
+            "says": "",
+            "sweep": {"K": [1, 7]},
+            "repeat": 2,
+            "steps": [{"when": {"tokens": "$K"}, "fault": {"link": "a>b-$K:kv", "cut_after_pieces": "$K"}}],
+        }
+    )
+    variants = scenario.variants()
+    assert [steps[0].when["tokens"] for steps in variants] == [1, 7, 1, 7]
+    assert variants[1][0].arguments == {"link": "a>b-7:kv", "cut_after_pieces": 7}
