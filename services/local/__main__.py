@@ -12,7 +12,7 @@ from baton.services.core.errors import ConfigurationError
 from baton.services.local.bundled import with_model
 from baton.services.local.options import add_settings_command
 from baton.services.runtime.net import port_problem
-from baton.services.runtime.process import die_with_parent, exit_cleanly_on_signals
+from baton.services.runtime.process import bound_primitive_caches, die_with_parent, exit_cleanly_on_signals
 from baton.services.runtime.settings import GatewayOptions, GatewaySettings, ServeSettings, WorkerSettings
 from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, SettingsError, report_problems
 
@@ -50,6 +50,7 @@ def _gateway(settings: GatewaySettings) -> int:
 
 
 def _worker(settings: WorkerSettings) -> int:
+    bound_primitive_caches()
     settings = with_model(settings)
     if settings.threads_per_worker is not None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads_per_worker)  # torch reads it when it is imported

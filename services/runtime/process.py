@@ -13,11 +13,26 @@ import time
 # Set by a supervisor for its children: they end when that process does.
 PARENT_PID_VARIABLE = "BATON_PARENT_PID"
 
+# oneDNN's own cache, and that of the layer through which torch calls it.
+_PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_MAX_PRIMITIVES = 128
+
 _PR_SET_PDEATHSIG = 1
 _PARENT_POLL_S = 0.5
 
 # Some senders (timeout, some container runtimes) signal the process and its group: one request, two signals.
 _SAME_REQUEST_S = 0.5
+
+
+def bound_primitive_caches() -> None:
+    """Keeps torch from holding on to hundreds of megabytes of compiled matrix products. To be called before it is imported.
+
+    Each product is compiled for its number of rows, into a quarter of a megabyte, and each of two caches keeps 1024 of them.
+    Prompts come in all lengths, so that they fill over thousands of steps, which looks like a leak. What is kept here
+    is enough for the batch sizes of 25 decode steps; compiling one takes about half a millisecond.
+    """
+    for name in _PRIMITIVE_CACHES:
+        os.environ.setdefault(name, str(_MAX_PRIMITIVES))
 
 
 def die_with_parent() -> None:
