@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc.aio
 
+from baton.kvtransfer.canary import LinkReport
 from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.fetch import BlockHolder, Fetch
@@ -135,6 +136,13 @@ class TransferAgent:
     def open(self, spec: HandoffSpec) -> SenderHandoff:
         """Begins to hand a prompt's blocks over: shakes hands if need be and reserves, in the background."""
         return self._sending.open(spec)
+
+    async def probe(self, receiver: WorkerIdentity, address: str) -> LinkReport:
+        """Sends a canary to a worker whose gRPC services are at ``address``: a handoff to it will find the pair made.
+
+        Raises TransferError when no transport to it works, or it is another process or has other blocks.
+        """
+        return await self._sending.probe(receiver, address)
 
     # Receiving.
 

@@ -23,6 +23,8 @@ class Handshake:
     compatibility: Compatibility
     transports: tuple[str, ...]
     offer: Offer
+    failed: tuple[str, ...] = ()  # transports that were tried between these two and do not work, each with the reason
+    keeps_handoffs: bool = False  # those under way go on by the transport that is chosen now
 
 
 @dataclass(frozen=True, slots=True)

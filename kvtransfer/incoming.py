@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import structlog
@@ -82,6 +83,7 @@ class ReceiverHandoff:
         self._allowed: set[int] = set()
         self._is_renewed = False
         self._inlet: Inlet | None = None  # the connection that last brought blocks
+        self._fallbacks: tuple[str, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -128,6 +130,12 @@ class ReceiverHandoff:
         arrival = Arrival(self.id.digest, entries, self._allowed, self.pair.source, inlet.resume, self._on_ended)
         return self.pair.transport.land(arrival)
 
+    def move(self, pair: IncomingPair, failed: Sequence[str]) -> None:
+        """From now on blocks come by another transport, since these have failed."""
+        self.pair.transport.stop(self.id.digest)
+        self.pair, self._inlet = pair, None
+        self._fallbacks += tuple(failed)
+
     # What happens here.
 
     def feed(self, event: m.Event) -> None:
@@ -162,7 +170,8 @@ class ReceiverHandoff:
             case m.StopLanding():
                 self.pair.transport.stop(self.id.digest)
             case m.Adopt(first_token, report):
-                self._tell_host(self._adopt(first_token, report))
+                now = replace(report, transport=self.pair.transport.name, fallbacks=self._fallbacks)
+                self._tell_host(self._adopt(first_token, now))
             case m.ReleaseSlots(error, quiet):
                 self._tell_host(self._host.released(self.id.key, error, quiet))
             case m.Done():

@@ -16,6 +16,10 @@ import torch
 from baton.kvtransfer.mapping import SharedMemory, create_mapping
 from baton.kvtransfer.rows import Rows
 
+NUM_CANARY_BLOCKS = 8
+"""Blocks behind the last one of the pool, each with a row of its own. Their ids go on from the pool's; ``load``, ``claim`` and
+so on take them, alone, any number of times at once. Canaries are sent from the first; each transport's land in another."""
+
 
 class BlockMemory(Protocol):
     """Blocks of ``block_bytes`` bytes and the rows of host memory that they travel through."""
@@ -55,6 +59,10 @@ class BlockMemory(Protocol):
         """Most rows that one ``load`` or ``claim`` may ask for."""
         ...
 
+    def canary_row(self, number: int) -> int:
+        """The row of block ``num_blocks + number``."""
+        ...
+
     def close(self) -> None:
         """Lets go of the memory. Views that are still around keep it alive."""
         ...
@@ -69,8 +77,9 @@ class HostBlockMemory:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         num_bytes = num_blocks * block_bytes
-        mapping, self._fd, self.shared = create_mapping(num_bytes)
-        self.rows = Rows(mapping, num_blocks, block_bytes)
+        num_rows = num_blocks + NUM_CANARY_BLOCKS
+        mapping, self._fd, self.shared = create_mapping(num_rows * block_bytes)
+        self.rows = Rows(mapping, num_rows, block_bytes)
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
         """All blocks as [num_blocks * block_bytes] uint8, for the engine to lay its cache in."""
 
@@ -95,6 +104,9 @@ class HostBlockMemory:
 
     def unclaim(self, rows: Sequence[int]) -> None:
         pass
+
+    def canary_row(self, number: int) -> int:
+        return self.num_blocks + number
 
     def close(self) -> None:
         if self._fd is not None:

@@ -43,6 +43,7 @@ class TransferReport:
     commit_ms: float  # from the commit to the end: what the transfer adds when computing does not hide it
     reserve_wait_ms: float  # from asking for slots to having them
     checksum: str = "xxh3_64 ok"
+    fallbacks: tuple[str, ...] = ()  # transports that failed while the blocks were on the way, each with the reason
 
 
 # What one machine says to the other.

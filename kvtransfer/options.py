@@ -18,6 +18,9 @@ class TransferOptions:
     connect_timeout_s: float = 2.0
     hello_timeout_s: float = 2.0  # a connection that has not said who it is by then is closed
     stall_s: float = 10.0  # a frame that does not move
+    canary_timeout_s: float = 5.0  # from sending a canary to the verdict on it
+    canary_bytes: int = 1024 * 1024  # of blocks in the canary that measures bandwidth; 0: no canaries are sent
+    transport_retry_s: float = 60.0  # a transport that failed between two workers is not tried again before that
     close_timeout_s: float = 5.0  # what is under way when the agent closes
     max_unknown_connections: int = 64  # connections that have not said who they are
     max_connections_per_peer: int = 4  # more than one only while a broken one is being replaced

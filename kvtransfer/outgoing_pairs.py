@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import structlog
 
 from baton.kvtransfer import failpoint
 from baton.kvtransfer import messages as m
+from baton.kvtransfer.canary import CanaryFailed, CanarySender, LinkReport
 from baton.kvtransfer.context import AgentContext
-from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
-from baton.kvtransfer.handshake import Handshake, HandshakeReply, PeerClient
+from baton.kvtransfer.errors import TransferCode, TransferError
+from baton.kvtransfer.handshake import PeerClient
 from baton.kvtransfer.identity import HandoffId, WorkerIdentity, pair_digest
-from baton.kvtransfer.mapping import SharedMemory, host_id
-from baton.kvtransfer.transport.base import Offer, Transport
-from baton.kvtransfer.transport.outlet import Outlet
+from baton.kvtransfer.linking import Link, Linker
+from baton.kvtransfer.transport.base import Transport
+from baton.kvtransfer.transport.outlet import BlockPush
 
 _log = structlog.get_logger(__name__)
 
@@ -33,39 +35,100 @@ class PairedHandoff(Protocol):
 
     def feed(self, event: m.Event) -> None: ...
 
+    def fell_back(self, failed: Sequence[str]) -> None:
+        """Its blocks go by another transport from now on; these have failed."""
+        ...
+
 
 class OutgoingPair:
-    """One receiver process. Passes on what is heard of its handoffs, and renews their leases."""
+    """One receiver process. Passes on what is heard of its handoffs, and renews their leases.
+
+    Blocks go by one transport. When that spoils one and there is another, the pair shakes hands again for it, and its handoffs
+    go on there with what has not landed. While it does, what they push is dropped: they push again when the link is new.
+    """
 
     def __init__(
         self,
         context: AgentContext,
         receiver: WorkerIdentity,
         client: PeerClient,
-        reply: HandshakeReply,
+        linker: Linker,
         discard: Callable[[OutgoingPair], None],
     ) -> None:
-        if reply.transport not in context.transports:
-            raise RemoteProtocolError(f"{receiver} chose transport {reply.transport!r}, which was not offered")
         self.receiver = receiver
         self.client = client
-        self.transport = context.transports[reply.transport]
         self.is_closed = False
-        self.outlet = Outlet(
-            _split_address(reply.data_address),
-            pair_fence=pair_digest(context.identity, receiver),
-            data_token=reply.data_token,
-            transport=self.transport,
-            memory=context.memory,
-            executor=context.executor,
-            events=self,
-            options=context.options,
-            sockets=context.sockets,
-        )
         self._context = context
+        self._linker = linker
         self._discard = discard
         self._handoffs: dict[bytes, PairedHandoff] = {}
         self._heart: asyncio.Task[None] | None = None
+        self._canary = CanarySender(context, pair_digest(context.identity, receiver))
+        self._link: Link | None = None
+        self._relinking: asyncio.Task[None] | None = None
+        self._measuring: asyncio.Task[LinkReport] | None = None
+        self._calls: set[asyncio.Task[None]] = set()
+
+    @property
+    def transport(self) -> Transport:
+        assert self._link is not None
+        return self._link.transport
+
+    @property
+    def report(self) -> LinkReport:
+        """What the canary found."""
+        assert self._link is not None
+        return self._link.report
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._handoffs and self._relinking is None
+
+    async def connect(self) -> None:
+        """Makes the link, once. Raises TransferError."""
+        self._link = await self._linker.link(self.receiver, self.client, self, self._canary)
+
+    async def measure(self) -> LinkReport:
+        """Sends another canary. Raises TransferError when it does not come through."""
+        if self._relinking is not None:
+            await asyncio.wait([self._relinking])
+        measuring = self._measuring = self._measuring or asyncio.create_task(self._measure(), name="kv-canary")
+        await asyncio.wait([measuring])
+        if measuring.cancelled():
+            raise TransferError(TransferCode.PEER_LOST, f"no longer connected to {self.receiver}")
+        return measuring.result()
+
+    async def _measure(self) -> LinkReport:
+        link = self._link
+        assert link is not None
+        try:
+            if link.report.is_verified:
+                report = await self._canary.measure(link.outlet, link.transport.name, link.token)
+                if self._link is link:
+                    self._link = replace(link, report=replace(report, failed=link.report.failed))
+        except CanaryFailed as error:
+            self._linker.avoid(self.receiver, link.transport.name)
+            if not self._fall_back(error.message):
+                self.lose(TransferCode.PEER_LOST, f"{link.transport.name}: {error.message}")
+                self.discard()
+                raise
+            assert self._relinking is not None
+            await asyncio.wait([self._relinking])
+            if self.is_closed:
+                raise
+        finally:
+            self._measuring = None
+        return self.report
+
+    def push(self, fence: bytes, token: bytes, blocks: Sequence[BlockPush]) -> None:
+        """Sends blocks of a handoff."""
+        if self._relinking is None and self._link is not None:
+            self._link.outlet.push(fence, token, blocks)
+
+    def cancel(self, fence: bytes, when_quiet: Callable[[], None]) -> None:
+        """Sends no more of a handoff. ``when_quiet`` is called when none of its blocks is being read here."""
+        assert self._link is not None
+        self._link.outlet.cancel(fence, when_quiet)
 
     def add(self, handoff: PairedHandoff) -> None:
         """From now on the handoff hears what concerns it, and its lease is renewed while it holds one."""
@@ -87,32 +150,92 @@ class OutgoingPair:
             self.is_closed = True
             self._discard(self)
 
+    def wait_for(self, call: asyncio.Task[None]) -> None:
+        """The receiver is being told something by this pair's channel: it is not closed before that."""
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+
     async def close(self) -> None:
         self.is_closed = True
         self.lose(TransferCode.PEER_LOST, f"no longer connected to {self.receiver}")
-        if self._heart is not None:
-            self._heart.cancel()
-            await asyncio.wait([self._heart])
-        await self.outlet.close()
+        tasks: list[asyncio.Task[Any]] = [task for task in (self._heart, self._relinking, self._measuring) if task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._link is not None:
+            await self._link.outlet.close()
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=self._context.options.close_timeout_s)
         await self.client.close()
+
+    # Another transport.
+
+    def _fall_back(self, reason: str) -> bool:
+        """Goes on by another transport, if there is one. What comes in the meantime waits for it."""
+        name = self.transport.name
+        if self._relinking is not None:
+            return True
+        if self.is_closed or [other for other in self._linker.candidates(self.receiver) if other != name] == []:
+            return False
+        self._linker.avoid(self.receiver, name)
+        self._relinking = asyncio.create_task(self._relink(f"{name}: {reason}"), name="kv-fallback")
+        return True
+
+    async def _relink(self, reason: str) -> None:
+        link = self._link
+        assert link is not None
+        try:
+            self._canary.on_lost(TransferCode.PEER_LOST, reason)
+            await link.outlet.close()
+            self._link = await self._linker.link(
+                self.receiver, self.client, self, self._canary, failed=[reason], keeps_handoffs=True
+            )
+        except TransferError as error:
+            _log.warning("kv_fallback_failed", receiver=str(self.receiver), reason=error.message)
+            self._relinking = None
+            self.lose(error.code, error.message)
+            self.discard()
+            return
+        self._relinking = None
+        failed = self._link.report.failed
+        _log.warning("kv_fell_back", receiver=str(self.receiver), transport=self.transport.name, failed=failed)
+        self._context.stats.fallbacks.update(entry.partition(":")[0] for entry in failed)
+        for handoff in list(self._handoffs.values()):
+            handoff.fell_back(failed)
+            if handoff.holds_lease:
+                handoff.feed(m.LinkLost(f"{link.transport.name} has failed"))
 
     # What the outlet reports.
 
     def on_sent(self, fence: bytes, blocks: tuple[tuple[int, int], ...]) -> None:
+        if fence == self._canary.fence:
+            return
         self._context.stats.bytes_sent[self.transport.name] += len(blocks) * self._context.memory.block_bytes
         if (handoff := self._handoffs.get(fence)) is not None:
             handoff.feed(m.BlocksSent(blocks))
 
     def on_verdicts(self, fence: bytes, landed: tuple[int, ...], corrupt: tuple[int, ...]) -> None:
+        if fence == self._canary.fence:
+            self._canary.on_verdicts(landed, corrupt)
+            return
+        if corrupt:  # before the machine sends them again, so that they go by the other transport
+            self._fall_back(f"{len(corrupt)} blocks arrived corrupt")
         if (handoff := self._handoffs.get(fence)) is not None:
             handoff.feed(m.Verdicts(handoff.id, landed, corrupt))
 
     def on_gone(self, fence: bytes, code: TransferCode, reason: str) -> None:
+        if fence == self._canary.fence:
+            self._canary.on_gone(code, reason)
+            return
         if (handoff := self._handoffs.get(fence)) is not None:
             handoff.feed(m.Refuse(handoff.id, code, reason))
 
     def on_link_lost(self, reason: str) -> None:
         _log.info("kv_link_lost", receiver=str(self.receiver), reason=reason)
+        self._canary.on_lost(TransferCode.PEER_LOST, reason)
+        if self._link is None or self._relinking is not None:
+            return  # whoever makes the link hears it from the canary
         if not self._handoffs:
             self.discard()  # perhaps it will never be needed again; else a handshake costs little
         for handoff in list(self._handoffs.values()):
@@ -121,6 +244,9 @@ class OutgoingPair:
 
     def on_unreachable(self, code: TransferCode, reason: str) -> None:
         _log.warning("kv_peer_unreachable", receiver=str(self.receiver), reason=reason)
+        self._canary.on_lost(code, reason)
+        if self._link is None or self._relinking is not None:
+            return
         for handoff in list(self._handoffs.values()):
             if handoff.holds_lease:
                 handoff.feed(m.PeerLost(reason, code))
@@ -165,36 +291,44 @@ class OutgoingPairs:
     def __init__(self, context: AgentContext) -> None:
         self._context = context
         self._pairs: dict[WorkerIdentity, asyncio.Task[OutgoingPair]] = {}
+        self._linker = Linker(context)
         self._closing: set[asyncio.Task[None]] = set()
 
     async def get(self, receiver: WorkerIdentity, address: str) -> OutgoingPair:
         """The pair with ``receiver``, whose gRPC services are at ``address``. Raises TransferError."""
         task = self._pairs.get(receiver)
+        if task is not None and self._could_be_better(task):
+            task.result().discard()
+            task = None
         if task is None or _is_spent(task):
             task = asyncio.create_task(self._make(receiver, address), name="kv-handshake")
             self._pairs[receiver] = task
         return await asyncio.shield(task)
 
+    def has(self, receiver: WorkerIdentity) -> bool:
+        """There is a pair with it already."""
+        task = self._pairs.get(receiver)
+        return task is not None and task.done() and not _is_spent(task)
+
     async def _make(self, receiver: WorkerIdentity, address: str) -> OutgoingPair:
-        context = self._context
-        client = context.connect(address)
+        client = self._context.connect(address)
+        pair = OutgoingPair(self._context, receiver, client, self._linker, self._discard)
         try:
-            ours = Handshake(
-                context.identity,
-                receiver,
-                context.compatibility,
-                tuple(context.transports),
-                _offer(context.transports.values()),
-            )
-            pair = OutgoingPair(context, receiver, client, await client.handshake(ours), self._discard)
-            # At once: an address that cannot be reached is found out before anybody waits for blocks.
-            await pair.outlet.connect()
+            await pair.connect()
         except BaseException:
             await client.close()
             raise
         _log.info("kv_pair_made", receiver=str(receiver), transport=pair.transport.name)
         self._retire_others(receiver)
         return pair
+
+    def _could_be_better(self, task: asyncio.Task[OutgoingPair]) -> bool:
+        """Nothing is under way, and a better transport, which failed a while ago, may be tried again."""
+        if not task.done() or _is_spent(task) or not task.result().is_idle:
+            return False
+        pair = task.result()
+        failed = {entry.partition(":")[0] for entry in pair.report.failed}
+        return not failed.isdisjoint(self._linker.candidates(pair.receiver))
 
     def _retire_others(self, receiver: WorkerIdentity) -> None:
         """Forgets whatever ran as the same worker before: the new process has just answered."""
@@ -235,18 +369,3 @@ class OutgoingPairs:
 def _is_spent(task: asyncio.Task[OutgoingPair]) -> bool:
     """It failed, or what it made is closed."""
     return task.done() and (task.cancelled() or task.exception() is not None or task.result().is_closed)
-
-
-def _offer(transports: Iterable[Transport]) -> Offer:
-    """What the receiver must know for each of the transports."""
-    offers = {transport.name: transport.offer() for transport in transports}
-    shared = next((offer for offer in offers.values() if isinstance(offer, SharedMemory)), None)
-    return Offer(host_id(), shared, {name: offer for name, offer in offers.items() if isinstance(offer, bytes)})
-
-
-def _split_address(address: str) -> tuple[str, int]:
-    """``host:port``, the host perhaps in brackets."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise RemoteProtocolError(f"data address {address!r} is not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import structlog
 
 from baton.kvtransfer import messages as m
+from baton.kvtransfer.canary import CanaryReceiver
 from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.errors import Fenced, Incompatible, RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.expectations import Expectations
@@ -43,6 +44,7 @@ class ReceivingSide:
         self._retired: OrderedDict[WorkerIdentity, None] = OrderedDict()
         self._handoffs: dict[bytes, ReceiverHandoff] = {}  # by fence; those that ended too, for a while
         self._ended: deque[bytes] = deque()
+        self._canaries = CanaryReceiver(context)
         self._is_closed = False
 
     @property
@@ -72,10 +74,13 @@ class ReceivingSide:
             raise Incompatible(difference)
         transport, source = choose_transport(theirs, ours.transports)
         self._retire_others(theirs.sender)
-        if (previous := self._pairs.get(theirs.sender)) is not None:
-            self._drop(previous, TransferCode.PEER_LOST, f"{theirs.sender} shook hands again")
+        previous = self._pairs.get(theirs.sender)
         pair = IncomingPair(theirs.sender, ours.identity, transport, source, secrets.token_bytes(32))
         self._pairs[theirs.sender] = pair
+        if previous is not None and theirs.keeps_handoffs:
+            self._move_handoffs(previous, pair, theirs.failed)
+        elif previous is not None:
+            self._drop(previous, TransferCode.PEER_LOST, f"{theirs.sender} shook hands again")
         self.on_disconnected(pair)  # until it connects
         _log.info("kv_pair_made", sender=str(theirs.sender), transport=transport.name)
         return HandshakeReply(transport.name, self.data_address, pair.token)
@@ -147,6 +152,8 @@ class ReceivingSide:
             handoff = None
         try:
             entries = self._parse(pair, body)
+            if header.fence == pair.fence:
+                return self._canaries.push(inlet, pair, header, entries)
             if handoff is not None:
                 return handoff.push(inlet, header.token, entries)
         except Fenced as error:
@@ -181,6 +188,7 @@ class ReceivingSide:
             handoff.feed(m.GiveUp("the receiver is shutting down", TransferCode.DRAINING))
         for transport in self._context.transports.values():
             await transport.close()
+        await self._canaries.close()
         for handoff in list(self._handoffs.values()):
             await handoff.settle()
         for pair in self._pairs.values():
@@ -233,7 +241,7 @@ class ReceivingSide:
             raise RemoteProtocolError(f"a block name that has not {BLOCK_NAME_BYTES} bytes")
         if not names or len(names) != layout.num_blocks(message.num_tokens):
             raise RemoteProtocolError(f"{message.num_tokens} tokens in {len(names)} blocks of {layout.block_size}")
-        if message.transport != pair.transport.name:
+        if message.transport not in self._context.transports:  # the pair may have gone on by another one meanwhile
             raise RemoteProtocolError(f"transport {message.transport!r}; the handshake chose {pair.transport.name!r}")
 
     def _refuse(self, handoff: HandoffId, error: TransferError) -> m.Refuse:
@@ -247,6 +255,13 @@ class ReceivingSide:
             self._retired[other] = None
             while len(self._retired) > _MAX_RETIRED:
                 self._retired.popitem(last=False)
+
+    def _move_handoffs(self, previous: IncomingPair, pair: IncomingPair, failed: Sequence[str]) -> None:
+        """The sender goes on by another transport: what was landing by the old one is cut short, and comes again."""
+        for handoff in self.active:
+            if handoff.pair is previous:
+                handoff.move(pair, failed)
+        previous.close()
 
     def _drop_if_gone(self, pair: IncomingPair) -> None:
         if pair.is_closed or pair.inlets:

@@ -12,6 +12,7 @@ import structlog
 
 from baton.kvtransfer import failpoint
 from baton.kvtransfer import messages as m
+from baton.kvtransfer.canary import LinkReport
 from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.driver import Driver
 from baton.kvtransfer.errors import TransferCode, TransferError
@@ -64,6 +65,7 @@ class SenderHandoff:
         self._driver = Driver(self._machine, self._perform, context.clock)
         self._pair: OutgoingPair | None = None
         self._block_ids: dict[int, int] = {}
+        self._fallbacks: tuple[str, ...] = ()
         self._calls: set[asyncio.Task[None]] = set()
         self._done: asyncio.Future[m.Done] = asyncio.get_running_loop().create_future()
 
@@ -100,7 +102,7 @@ class SenderHandoff:
         if done.error is not None:
             raise done.error
         assert done.report is not None
-        return done.report
+        return dataclasses.replace(done.report, transport=self._linked.transport.name, fallbacks=self._fallbacks)
 
     async def abort(self, reason: str) -> None:
         """Gives the handoff up and waits until the blocks are released. The receiver is told. Idempotent."""
@@ -110,6 +112,9 @@ class SenderHandoff:
     async def wait(self) -> TransferError | None:
         """Waits for the end: None when the receiver took over, else the reason."""
         return (await asyncio.shield(self._done)).error
+
+    def fell_back(self, failed: Sequence[str]) -> None:
+        self._fallbacks += tuple(failed)
 
     def feed(self, event: m.Event) -> None:
         self._driver.feed(event)
@@ -124,7 +129,8 @@ class SenderHandoff:
     async def open(self, pairs: OutgoingPairs) -> None:
         """Shakes hands if need be, then reserves."""
         try:
-            pair = await pairs.get(self._spec.receiver, self._spec.receiver_address)
+            while (pair := await pairs.get(self._spec.receiver, self._spec.receiver_address)).is_closed:
+                pass  # it was closed before we came to use it
         except TransferError as error:
             self.feed(m.GiveUp(error.message, error.code))
             return
@@ -143,9 +149,9 @@ class SenderHandoff:
                 self._call(self._commit(message))
             case m.PushBlocks(slots, token):
                 pushes = [BlockPush(slot, self._block_ids[slot.index]) for slot in slots]
-                self._linked.outlet.push(self.id.digest, token, pushes)
+                self._linked.push(self.id.digest, token, pushes)
             case m.StopPushing():
-                self._linked.outlet.cancel(self.id.digest, lambda: self.feed(m.Quiet()))
+                self._linked.cancel(self.id.digest, lambda: self.feed(m.Quiet()))
             case m.Done():
                 self._end(command)
 
@@ -229,10 +235,16 @@ class SendingSide:
         """Shakes hands if need be. Raises TransferError when the two cannot exchange blocks."""
         await self._pairs.get(receiver, address)
 
+    async def probe(self, receiver: WorkerIdentity, address: str) -> LinkReport:
+        """What a canary to this receiver finds. Raises TransferError."""
+        is_new = not self._pairs.has(receiver)
+        pair = await self._pairs.get(receiver, address)
+        return pair.report if is_new else await pair.measure()
+
     def tell(self, pair: OutgoingPair | None, message: m.Abort) -> None:
         """Tells the receiver in the background. It may be gone: its lease then says the same."""
         if pair is not None and not pair.is_closed:
-            self._spawn(self._tell(pair, message))
+            pair.wait_for(self._spawn(self._tell(pair, message)))
 
     def ended(self, handoff: SenderHandoff, error: TransferError | None) -> None:
         del self._handoffs[handoff.id]
@@ -266,7 +278,8 @@ class SendingSide:
         except TransferError as error:
             _log.info("kv_abort_not_delivered", handoff=str(message.handoff), reason=error.message)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

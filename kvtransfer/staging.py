@@ -12,6 +12,7 @@ import torch
 
 from baton.kernels import gather_blocks, scatter_blocks
 from baton.kvtransfer.mapping import create_mapping
+from baton.kvtransfer.memory import NUM_CANARY_BLOCKS
 from baton.kvtransfer.rows import Rows
 
 
@@ -31,8 +32,10 @@ class StagedBlockMemory:
         self.num_blocks = kv_cache.shape[0]
         self.block_bytes = kv_cache[0].numel() * kv_cache.element_size()
         num_bytes = num_rows * self.block_bytes
-        mapping, self._fd, self.shared = create_mapping(num_bytes)
-        self.rows = Rows(mapping, num_rows, self.block_bytes)
+        num_rows_in_all = num_rows + NUM_CANARY_BLOCKS
+        mapping, self._fd, self.shared = create_mapping(num_rows_in_all * self.block_bytes)
+        self.rows = Rows(mapping, num_rows_in_all, self.block_bytes)
+        self._num_staging_rows = num_rows
         self._cache = kv_cache
         host = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
         self._host = host.view(kv_cache.dtype).view(num_rows, *kv_cache.shape[1:])
@@ -42,6 +45,8 @@ class StagedBlockMemory:
         self.max_rows = num_rows // 2
 
     async def load(self, block_ids: Sequence[int]) -> list[int]:
+        if (canary := self._canary_rows(block_ids)) is not None:
+            return canary
         rows = await self._outgoing.take(len(block_ids))
         loop = asyncio.get_running_loop()
         copying = self._device_thread.submit(self._gather, rows, list(block_ids))
@@ -54,19 +59,31 @@ class StagedBlockMemory:
         return rows
 
     def unload(self, rows: Sequence[int]) -> None:
-        self._outgoing.give_back(rows)
+        self._outgoing.give_back([row for row in rows if row < self._num_staging_rows])
 
     async def claim(self, block_ids: Sequence[int]) -> list[int]:
+        if (canary := self._canary_rows(block_ids)) is not None:
+            return canary
         return await self._incoming.take(len(block_ids))
 
     def try_claim(self, block_ids: Sequence[int]) -> list[int] | None:
-        return self._incoming.try_take(len(block_ids))
+        return self._canary_rows(block_ids) or self._incoming.try_take(len(block_ids))
 
     def store(self, rows: Sequence[int], block_ids: Sequence[int]) -> None:
-        self._device_thread.submit(self._scatter, list(rows), list(block_ids)).result()
+        if self._canary_rows(block_ids) is None:
+            self._device_thread.submit(self._scatter, list(rows), list(block_ids)).result()
 
     def unclaim(self, rows: Sequence[int]) -> None:
-        self._incoming.give_back(rows)
+        self._incoming.give_back([row for row in rows if row < self._num_staging_rows])
+
+    def canary_row(self, number: int) -> int:
+        return self._num_staging_rows + number
+
+    def _canary_rows(self, block_ids: Sequence[int]) -> list[int] | None:
+        """Rows of a canary's block, which has no place in the cache. None: these are blocks of the pool."""
+        if not block_ids or block_ids[0] < self.num_blocks:
+            return None
+        return [self._num_staging_rows + block_id - self.num_blocks for block_id in block_ids]
 
     def close(self) -> None:
         self._device_thread.shutdown()

@@ -15,6 +15,9 @@ class TransferStats:
     handoffs_sent: int = 0  # acknowledged
     handoffs_received: int = 0  # adopted
     failures: Counter[str] = field(default_factory=Counter)  # handoffs that failed on either side, by code
+    fallbacks: Counter[str] = field(
+        default_factory=Counter
+    )  # handoffs under way went on by another than this transport
     fenced: int = 0  # messages and frames refused as stale, late, unknown or not granted
     corrupt_blocks: int = 0  # arrived with a wrong checksum
     num_sending: int = 0  # handoffs open now

@@ -107,6 +107,8 @@ def handshake_to_wire(handshake: Handshake) -> pb.HandshakeRequest:
         compatibility=compatibility_to_wire(handshake.compatibility),
         transports=handshake.transports,
         host_id=handshake.offer.host_id,
+        failed=[reason[:_MAX_REASON_CHARS] for reason in handshake.failed],
+        keeps_handoffs=handshake.keeps_handoffs,
         offers=[pb.TransportOffer(transport=name, data=data) for name, data in handshake.offer.tickets.items()],
         shared_memory=None
         if shared is None
@@ -125,7 +127,10 @@ def handshake_from_wire(wire: pb.HandshakeRequest) -> Handshake:
     sender, receiver = endpoints_from_wire(wire.endpoints)
     compatibility = compatibility_from_wire(wire.compatibility)
     offer = Offer(wire.host_id, shared, _tickets_from_wire(wire.offers))
-    return Handshake(sender, receiver, compatibility, tuple(wire.transports), offer)
+    _need(len(wire.failed) <= _MAX_TRANSPORTS, "failed", f"{len(wire.failed)}, at most {_MAX_TRANSPORTS}")
+    failed = tuple(reason[:_MAX_REASON_CHARS] for reason in wire.failed)
+    transports = tuple(wire.transports)
+    return Handshake(sender, receiver, compatibility, transports, offer, failed, wire.keeps_handoffs)
 
 
 def _tickets_from_wire(offers: Sequence[pb.TransportOffer]) -> dict[str, bytes]:

@@ -96,7 +96,7 @@ class Node:
     def fill(self, seed: int) -> None:
         """Random bytes in every block."""
         rng = random.Random(seed)
-        for row in range(self.memory.rows.num_rows):
+        for row in range(self.memory.num_blocks):
             self.memory.rows.row(row)[:] = rng.randbytes(self.memory.block_bytes)
 
     def block(self, block_id: int) -> bytes:
@@ -109,7 +109,14 @@ class Node:
 def options(**changes: Any) -> TransferOptions:
     """Short waits; ``limits`` may be given as a dict."""
     limits = HandoffLimits(**{"patience_s": 0.3, **changes.pop("limits", {})})
-    defaults = {"expect_wait_s": 5.0, "hello_timeout_s": 0.3, "close_timeout_s": 2.0, "rpc_timeout_s": 5.0}
+    # Without canaries: many tests count what goes over a connection from its first byte on.
+    defaults = {
+        "canary_bytes": 0,
+        "expect_wait_s": 5.0,
+        "hello_timeout_s": 0.3,
+        "close_timeout_s": 2.0,
+        "rpc_timeout_s": 5.0,
+    }
     return TransferOptions(limits=limits, **{**defaults, **changes})
 
 

@@ -66,6 +66,10 @@ class RawPeer:
         self.reply: HandshakeReply
         self.connections: list[Connection] = []
 
+    @property
+    def pair_fence(self) -> bytes:
+        return pair_digest(self.identity, self.node.identity)
+
     def handoff(self, request_id: str = "raw", attempt: int = 1) -> HandoffId:
         return HandoffId(HandoffKey(request_id, attempt), self.identity, self.node.identity)
 

@@ -333,7 +333,7 @@ async def test_a_reference_outside_the_shared_memory_revokes_the_grant() -> None
         grant = await peer.reserve(handoff, NAMES)
         before = node.contents()
         connection = await peer.connect()
-        entries = [BlockEntry(grant.slots[0], 0, 4)]
+        entries = [BlockEntry(grant.slots[0], 0, source.rows.num_rows)]
         await connection.send(frames.pack_blocks(FrameKind.BLOCK_REFS, handoff.digest, grant.token, entries, BLOCK))
         assert FrameKind.CLOSE in await connection.until_closed()
         await eventually(lambda: node.host.releases == [(handoff.key, TransferCode.PROTOCOL, True)])

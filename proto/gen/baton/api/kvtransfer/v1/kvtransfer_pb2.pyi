@@ -32,20 +32,24 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class HandshakeRequest(_message.Message):
-    __slots__ = ("endpoints", "compatibility", "transports", "host_id", "shared_memory", "offers")
+    __slots__ = ("endpoints", "compatibility", "transports", "host_id", "shared_memory", "offers", "failed", "keeps_handoffs")
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     OFFERS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     endpoints: Endpoints
     compatibility: _common_pb2.Compatibility
     transports: _containers.RepeatedScalarFieldContainer[str]
     host_id: str
     shared_memory: SharedMemory
     offers: _containers.RepeatedCompositeFieldContainer[TransportOffer]
-    def __init__(self, endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., compatibility: _Optional[_Union[_common_pb2.Compatibility, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., host_id: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ...) -> None: ...
+    failed: _containers.RepeatedScalarFieldContainer[str]
+    keeps_handoffs: bool
+    def __init__(self, endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., compatibility: _Optional[_Union[_common_pb2.Compatibility, _Mapping]] = ..., transports: _Optional[_Iterable[str]] = ..., host_id: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., offers: _Optional[_Iterable[_Union[TransportOffer, _Mapping]]] = ..., failed: _Optional[_Iterable[str]] = ..., keeps_handoffs: _Optional[bool] = ...) -> None: ...
 
 class TransportOffer(_message.Message):
     __slots__ = ("transport", "data")
