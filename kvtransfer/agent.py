@@ -101,7 +101,7 @@ class TransferAgent:
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         """Registers the control plane with the worker's gRPC server, before that starts."""
-        add_to_server(server, self._receiving, self._desk, self.identity)
+        add_to_server(server, self._receiving, self._desk, self.identity, self.probe)
 
     async def start(self) -> None:
         """Opens the data plane. Raises TransferError when it cannot listen."""

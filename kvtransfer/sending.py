@@ -17,7 +17,8 @@ from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.driver import Driver
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
-from baton.kvtransfer.outgoing_pairs import OutgoingPair, OutgoingPairs
+from baton.kvtransfer.outgoing_pair import OutgoingPair
+from baton.kvtransfer.outgoing_pairs import OutgoingPairs
 from baton.kvtransfer.sender import Sender
 from baton.kvtransfer.transport.outlet import BlockPush
 

@@ -12,7 +12,8 @@ from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
 from baton.api.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 from baton.kvtransfer import messages as m
 from baton.kvtransfer import wire
-from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
+from baton.kvtransfer.canary import LinkReport
+from baton.kvtransfer.errors import Fenced, RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.fetch import Fetch
 from baton.kvtransfer.fetching import FetchDesk
 from baton.kvtransfer.handshake import Handshake, HandshakeReply, HeartbeatReply
@@ -23,6 +24,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Parsed = TypeVar("Parsed")
+Probe = Callable[[WorkerIdentity, str], Awaitable[LinkReport]]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVTransferService"].full_name
 
@@ -34,10 +36,11 @@ class KVTransferServicer(pb_grpc.KVTransferServiceServicer):
     """Serves what senders ask of a receiving side, and receivers of a holder. Malformed requests get INVALID_ARGUMENT,
     naming the field."""
 
-    def __init__(self, receiving: ReceivingSide, desk: FetchDesk, identity: WorkerIdentity) -> None:
+    def __init__(self, receiving: ReceivingSide, desk: FetchDesk, identity: WorkerIdentity, probe: Probe) -> None:
         self._receiving = receiving
         self._desk = desk
         self._identity = identity
+        self._probe = probe
 
     async def Handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeResponse:
         handshake = await _parse(wire.handshake_from_wire, request, context)
@@ -76,10 +79,29 @@ class KVTransferServicer(pb_grpc.KVTransferServiceServicer):
         except TransferError as error:
             return pb.FetchResponse(refusal=wire.refusal_to_wire(error.code, error.message))
 
+    async def Probe(self, request: pb.ProbeRequest, context: Context) -> pb.ProbeResponse:
+        sender, receiver, address = await _parse(wire.probe_from_wire, request, context)
+        try:
+            if sender != self._identity:
+                raise Fenced(f"meant for {sender}, this is {self._identity}")
+            report = await self._probe(receiver, address)
+        except TransferError as error:
+            return pb.ProbeResponse(refusal=wire.refusal_to_wire(error.code, error.message))
+        return pb.ProbeResponse(
+            transport=report.transport,
+            verified=report.is_verified,
+            rtt_ms=report.rtt_ms,
+            gb_per_s=report.gb_per_s,
+            failed=report.failed,
+        )
 
-def add_to_server(server: grpc.aio.Server, receiving: ReceivingSide, desk: FetchDesk, identity: WorkerIdentity) -> None:
+
+def add_to_server(
+    server: grpc.aio.Server, receiving: ReceivingSide, desk: FetchDesk, identity: WorkerIdentity, probe: Probe
+) -> None:
     """Registers the service, before ``server`` starts."""
-    pb_grpc.add_KVTransferServiceServicer_to_server(KVTransferServicer(receiving, desk, identity), server)
+    servicer = KVTransferServicer(receiving, desk, identity, probe)
+    pb_grpc.add_KVTransferServiceServicer_to_server(servicer, server)
 
 
 def open_local_channel(address: str) -> grpc.aio.Channel:

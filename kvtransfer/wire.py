@@ -18,6 +18,7 @@ from baton.kvtransfer.transport.base import Offer
 _MAX_REQUEST_ID_CHARS = 256
 _MAX_IDENTITY_CHARS = 64
 _MAX_REASON_CHARS = 1000
+_MAX_ADDRESS_CHARS = 300
 _MAX_TRANSPORTS = 16
 _MAX_TICKET_BYTES = 64 * 1024
 _MAX_ADDRESS_CHARS = 512
@@ -139,6 +140,14 @@ def _tickets_from_wire(offers: Sequence[pb.TransportOffer]) -> dict[str, bytes]:
         size = len(offer.data)
         _need(0 < size <= _MAX_TICKET_BYTES, "offers.data", f"{size} bytes, not 1 to {_MAX_TICKET_BYTES}")
     return {offer.transport: offer.data for offer in offers}
+
+
+def probe_from_wire(wire: pb.ProbeRequest) -> tuple[WorkerIdentity, WorkerIdentity, str]:
+    """Who is asked to send a canary, to whom, and where that is."""
+    length = len(wire.receiver_address)
+    _need(0 < length <= _MAX_ADDRESS_CHARS, "receiver_address", f"{length} characters, not 1 to {_MAX_ADDRESS_CHARS}")
+    sender, receiver = (identity_from_wire(getattr(wire, name), name) for name in ("sender", "receiver"))
+    return sender, receiver, wire.receiver_address
 
 
 def handshake_reply_to_wire(reply: HandshakeReply, receiver: WorkerIdentity) -> pb.HandshakeResponse:

@@ -205,6 +205,7 @@ def _arrival(active: ActiveRequest, report: TransferReport) -> pb.RequestOutput:
             commit_ms=report.commit_ms,
             reserve_wait_ms=report.reserve_wait_ms,
             checksum=report.checksum,
+            fallbacks=report.fallbacks,
         )
     )
     return output

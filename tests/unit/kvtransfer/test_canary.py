@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc.aio
 import pytest
 from helpers import kv_agents
 from helpers.kv_agents import (
@@ -25,12 +26,17 @@ from helpers.kv_agents import (
 from helpers.kv_raw_peer import checksum, raw_peer
 from helpers.waiting import eventually
 
+from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
+from baton.api.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
+from baton.kvtransfer import wire
 from baton.kvtransfer.canary import LinkReport, nonce_of, pattern
 from baton.kvtransfer.errors import TransferCode, TransferError
+from baton.kvtransfer.layout import Compatibility
 from baton.kvtransfer.mapping import host_id
 from baton.kvtransfer.memory import HostBlockMemory
 from baton.kvtransfer.messages import Slot
 from baton.kvtransfer.options import TransferOptions
+from baton.kvtransfer.service import open_local_channel
 from baton.kvtransfer.transport import frames
 from baton.kvtransfer.transport.base import Arrival, Offer, Transport
 from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
@@ -288,3 +294,60 @@ async def test_a_canary_finds_out_between_handoffs_that_a_transport_has_gone_bad
         spoil(receiver, "shm")
         report = await probe(sender, receiver)
         assert (report.transport, report.failed) == ("tcp", ("shm: the canary arrived corrupt",))
+
+
+# As a gateway asks for it.
+
+
+async def ask(sender: Node, request: pb.ProbeRequest) -> pb.ProbeResponse:
+    async with open_local_channel(sender.address) as channel:
+        response: pb.ProbeResponse = await pb_grpc.KVTransferServiceStub(channel).Probe(request, timeout=60)
+        return response
+
+
+def probe_request(sender: Node, receiver: Node) -> pb.ProbeRequest:
+    return pb.ProbeRequest(
+        sender=wire.identity_to_wire(sender.identity),
+        receiver=wire.identity_to_wire(receiver.identity),
+        receiver_address=receiver.address,
+    )
+
+
+async def test_a_worker_probes_another_one_on_request() -> None:
+    async with two(("shm", "tcp")) as (sender, receiver):
+        response = await ask(sender, probe_request(sender, receiver))
+        assert not response.HasField("refusal")
+        assert (response.transport, response.verified, list(response.failed)) == ("shm", True, [])
+        assert response.rtt_ms > 0
+        assert response.gb_per_s > 0
+        spoil(receiver, "shm")
+        response = await ask(sender, probe_request(sender, receiver))
+        assert (response.transport, list(response.failed)) == ("tcp", ["shm: the canary arrived corrupt"])
+
+
+async def test_a_probe_says_why_two_workers_cannot_pair() -> None:
+    other = Compatibility("another model", LAYOUT)
+    async with running("prefill-0", compatibility=other) as sender, running("decode-0") as receiver:
+        refusal = (await ask(sender, probe_request(sender, receiver))).refusal
+        assert (refusal.code, refusal.message) == (
+            TransferCode.INCOMPATIBLE,
+            "model fingerprint: 'model' here, 'another model' there",
+        )
+        assert not receiver.agent._receiving._pairs
+
+
+async def test_a_probe_meant_for_another_process_is_refused() -> None:
+    async with two() as (sender, receiver):
+        request = probe_request(sender, receiver)
+        request.sender.incarnation = "other"
+        refusal = (await ask(sender, request)).refusal
+        assert refusal.code == TransferCode.STALE
+        assert not sender.agent._sending._pairs._pairs
+
+
+async def test_a_malformed_probe_names_the_field() -> None:
+    async with two() as (sender, receiver):
+        request = probe_request(sender, receiver)
+        request.receiver_address = ""
+        with pytest.raises(grpc.aio.AioRpcError, match="receiver_address: 0 characters, not 1 to 300"):
+            await ask(sender, request)

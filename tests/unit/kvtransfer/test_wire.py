@@ -37,6 +37,12 @@ def test_a_handshake_there_and_back(shared: SharedMemory | None) -> None:
     assert wire.handshake_reply_from_wire(wire.handshake_reply_to_wire(reply, kv.RECEIVER)) == reply
 
 
+def test_what_failed_before_travels_with_the_handshake() -> None:
+    failed = ("shm: the canary arrived corrupt", "nixl: " + "x" * 994)
+    handshake = Handshake(kv.SENDER, kv.RECEIVER, COMPATIBILITY, ("tcp",), Offer("host", None), failed, True)
+    assert wire.handshake_from_wire(wire.handshake_to_wire(handshake)) == handshake
+
+
 def test_what_transports_need_travels_with_the_handshake() -> None:
     tickets = {"inproc": b"n" * 16, "other": b"x" * 65536}
     handshake = Handshake(kv.SENDER, kv.RECEIVER, COMPATIBILITY, ("inproc",), Offer("host", None, tickets))

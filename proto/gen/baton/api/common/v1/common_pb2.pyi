@@ -198,7 +198,7 @@ class PrefillReport(_message.Message):
     def __init__(self, cached_tokens: _Optional[int] = ..., queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ...) -> None: ...
 
 class TransferReport(_message.Message):
-    __slots__ = ("transport", "num_blocks", "num_blocks_skipped", "num_bytes", "duration_ms", "commit_ms", "reserve_wait_ms", "checksum")
+    __slots__ = ("transport", "num_blocks", "num_blocks_skipped", "num_bytes", "duration_ms", "commit_ms", "reserve_wait_ms", "checksum", "fallbacks")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_SKIPPED_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +207,7 @@ class TransferReport(_message.Message):
     COMMIT_MS_FIELD_NUMBER: _ClassVar[int]
     RESERVE_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     transport: str
     num_blocks: int
     num_blocks_skipped: int
@@ -215,7 +216,8 @@ class TransferReport(_message.Message):
     commit_ms: float
     reserve_wait_ms: float
     checksum: str
-    def __init__(self, transport: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_blocks_skipped: _Optional[int] = ..., num_bytes: _Optional[int] = ..., duration_ms: _Optional[float] = ..., commit_ms: _Optional[float] = ..., reserve_wait_ms: _Optional[float] = ..., checksum: _Optional[str] = ...) -> None: ...
+    fallbacks: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, transport: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_blocks_skipped: _Optional[int] = ..., num_bytes: _Optional[int] = ..., duration_ms: _Optional[float] = ..., commit_ms: _Optional[float] = ..., reserve_wait_ms: _Optional[float] = ..., checksum: _Optional[str] = ..., fallbacks: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
     __slots__ = ("outputs",)

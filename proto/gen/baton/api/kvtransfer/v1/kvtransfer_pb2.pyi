@@ -204,3 +204,29 @@ class FetchResponse(_message.Message):
     refusal: Refusal
     num_blocks: int
     def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("sender", "receiver", "receiver_address")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    sender: _common_pb2.WorkerIdentity
+    receiver: _common_pb2.WorkerIdentity
+    receiver_address: str
+    def __init__(self, sender: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., receiver_address: _Optional[str] = ...) -> None: ...
+
+class ProbeResponse(_message.Message):
+    __slots__ = ("refusal", "transport", "verified", "rtt_ms", "gb_per_s", "failed")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    RTT_MS_FIELD_NUMBER: _ClassVar[int]
+    GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    refusal: Refusal
+    transport: str
+    verified: bool
+    rtt_ms: float
+    gb_per_s: float
+    failed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., transport: _Optional[str] = ..., verified: _Optional[bool] = ..., rtt_ms: _Optional[float] = ..., gb_per_s: _Optional[float] = ..., failed: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -65,6 +65,11 @@ class KVTransferServiceStub:
                 request_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.SerializeToString,
                 response_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/baton.api.kvtransfer.v1.KVTransferService/Probe',
+                request_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.ProbeResponse.FromString,
+                _registered_method=True)
 
 
 class KVTransferServiceServicer:
@@ -113,6 +118,13 @@ class KVTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request, context):
+        """Called by a gateway, ahead of need: shake hands with a receiver and send it a canary, so that the pair is known to work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +157,11 @@ def add_KVTransferServiceServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.FromString,
                     response_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.ProbeRequest.FromString,
+                    response_serializer=baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.ProbeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +327,33 @@ class KVTransferService:
             '/baton.api.kvtransfer.v1.KVTransferService/Fetch',
             baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.SerializeToString,
             baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.api.kvtransfer.v1.KVTransferService/Probe',
+            baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.ProbeRequest.SerializeToString,
+            baton_dot_api_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,
