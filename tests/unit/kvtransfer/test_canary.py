@@ -349,5 +349,5 @@ async def test_a_malformed_probe_names_the_field() -> None:
     async with two() as (sender, receiver):
         request = probe_request(sender, receiver)
         request.receiver_address = ""
-        with pytest.raises(grpc.aio.AioRpcError, match="receiver_address: 0 characters, not 1 to 300"):
+        with pytest.raises(grpc.aio.AioRpcError, match="receiver_address: 0 characters, not 1 to 512"):
             await ask(sender, request)
