@@ -135,6 +135,10 @@ class SenderHandoff:
         except TransferError as error:
             self.feed(m.GiveUp(error.message, error.code))
             return
+        except Exception as error:  # whatever it was, those who wait for this handoff are told
+            _log.exception("kv_pairing_failed", handoff=str(self.id))
+            self.feed(m.GiveUp(f"pairing with the receiver failed: {error!r}", TransferCode.INTERNAL))
+            return
         if not self.is_over:
             self._pair = pair
             pair.add(self)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from baton.kvtransfer.memory import NUM_CANARY_BLOCKS
 from baton.kvtransfer.rows import Rows
 from baton.services.core.request import SampledToken, SamplingParams
 from baton.services.core.scheduler.base import ScheduledRequest, StepResult
@@ -79,7 +80,8 @@ class SimMemory:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.block_bytes = BLOCK_BYTES
-        self.rows = Rows(bytearray(b"\xee") * (num_blocks * BLOCK_BYTES), num_blocks, BLOCK_BYTES)
+        num_rows = num_blocks + NUM_CANARY_BLOCKS
+        self.rows = Rows(bytearray(b"\xee") * (num_rows * BLOCK_BYTES), num_rows, BLOCK_BYTES)
 
     @property
     def max_rows(self) -> int:
@@ -102,6 +104,9 @@ class SimMemory:
 
     def unclaim(self, rows: Sequence[int]) -> None:
         pass
+
+    def canary_row(self, number: int) -> int:
+        return self.num_blocks + number
 
     def close(self) -> None:
         pass
