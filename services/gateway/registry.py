@@ -1,7 +1,7 @@
 """The workers that the gateway knows, its link to each, and what each said last.
 
-Announcements come over the bus; static addresses are asked over gRPC. Losing the bus freezes what is known: a worker is
-dropped when its link is gone and it cannot be reached again, never because nobody talks about it.
+Announcements come over the bus; static addresses, and linked workers that the bus is silent about, are asked over gRPC. A
+worker is dropped when its link is gone and it cannot be reached again, never because nobody talks about it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ RECONNECT_FIRST_S = 0.1
 RECONNECT_LAST_S = 2.0
 # A worker that neither answers nor is announced for this long is gone. Kubernetes gives a restarted pod another address.
 FORGET_AFTER_S = 15.0
+# Announcements come once a second. A linked worker without one for this long is asked directly.
+SILENT_AFTER_S = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -154,6 +156,25 @@ class Registry:
                 except (grpc.aio.AioRpcError, BatonError) as error:
                     log.debug("static worker does not answer", address=address, cause=str(error))
                 await asyncio.sleep(every_s)
+
+    async def ask_silent(self, every_s: float = 1.0) -> None:
+        """Asks linked workers that the bus brings no news of: else their load would be known as it was when the bus was
+        lost. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            heard_since_s = self._clock() - SILENT_AFTER_S
+            silent = [known for known in self if known.link.is_connected and known.heard_s < heard_since_s]
+            await asyncio.gather(*(self._ask(known) for known in silent))
+
+    async def _ask(self, known: KnownWorker) -> None:
+        async with self._open_channel(known.link.address) as channel:
+            try:
+                status = await _ask_status(channel)
+            except (grpc.aio.AioRpcError, BatonError) as error:
+                log.debug("silent worker does not answer", worker_id=known.link.worker_id, cause=str(error))
+                return
+        if self._workers.get(known.link.worker_id) is known and status.identity.incarnation == known.link.incarnation:
+            self.heard(status)
 
     async def close(self) -> None:
         """Hangs up everywhere and returns when that is done."""

@@ -135,6 +135,8 @@ class GatewayService:
         stack.push_async_callback(self._registry.close)
         Discovery(self._bus, Subjects(settings.cluster), self._identity, self._registry, self._prefix_index)
         await self._bus.start()
+        asking = asyncio.create_task(self._registry.ask_silent(), name="ask-silent")
+        stack.callback(asking.cancel)
         for address in settings.worker:
             watch = asyncio.create_task(self._registry.watch_static(address), name=f"static-{address}")
             stack.callback(watch.cancel)

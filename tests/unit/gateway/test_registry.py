@@ -13,7 +13,7 @@ from helpers.waiting import eventually
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.router import Role
 from baton.services.gateway import registry as registry_module
-from baton.services.gateway.registry import FORGET_AFTER_S, Registry, block_bytes, compatibility_key
+from baton.services.gateway.registry import FORGET_AFTER_S, SILENT_AFTER_S, Registry, block_bytes, compatibility_key
 from baton.services.gateway.worker_link import WorkerLink
 from baton.services.runtime.net import free_port
 
@@ -159,6 +159,20 @@ async def test_a_static_worker_of_either_kind_is_asked_who_it_is(known: Known, r
         assert known.registry.knows_all_static
         assert known.registry.views()[0].role is role
         watch.cancel()
+
+
+async def test_a_worker_that_the_bus_is_silent_about_is_asked_itself(known: Known) -> None:
+    async with run_worker("d", Role.DECODE) as worker, run_worker("gone", Role.DECODE) as gone:
+        known.registry.heard(worker.status(running=3))
+        known.registry.heard(gone.status(running=3))
+        await eventually(lambda: known.usable == ["d", "gone"])
+        await gone.stop()
+        await eventually(lambda: known.usable == ["d"])
+        asking = asyncio.create_task(known.registry.ask_silent(every_s=0.01))
+        known.now_s = SILENT_AFTER_S + 1.0
+        await eventually(lambda: known.registry.views()[0].running == 0)
+        assert known.num_heard == 3
+        asking.cancel()
 
 
 async def test_block_names_are_those_of_workers_that_decode(known: Known) -> None:
