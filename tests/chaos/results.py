@@ -41,8 +41,8 @@ class Result:
             else:
                 setattr(self, each.name, mine + theirs)
 
-    def problems(self, expect: Criteria) -> list[str]:
-        """Every criterion that is not met, in words."""
+    def problems(self, expect: Criteria, *, is_all: bool = True) -> list[str]:
+        """Every criterion that is not met, in words. Floors are for all runs of a scenario together."""
         limits = [(name, getattr(self, name), getattr(expect, name)) for name in _COUNTS]
         limits += [(name, getattr(self, name), getattr(expect, name)) for name in _TIMES]
         limits += [("growth", self.growth, expect.max_growth), ("crashes", self.crashes, expect.max_crashes)]
@@ -52,7 +52,7 @@ class Result:
             if value is not None and limit is not None and value > limit
         ]
         floors = [(name, getattr(self, name), getattr(expect, f"min_{name}")) for name in _FLOORS]
-        problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if value < floor]
+        problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if is_all and value < floor]
         if expect.errors and (others := set(self.errors) - set(expect.errors)):
             problems.append(f"errors {', '.join(sorted(others))}, expected {', '.join(expect.errors)}")
         return problems

@@ -37,7 +37,7 @@ class Fault:
     delay_s: float = 0.0  # each piece is this late; the next ones do not wait for it
     rate_bytes_s: float = 0.0  # at most so much
     stall: bool = False  # nothing passes, nothing is closed
-    stall_after_bytes: int | None = None
+    stall_after_bytes: int | None = None  # the connection's rest
     direction: Direction = "both"  # of the three above
     refuse: bool = False  # connections are reset, those that are there too
     cut_after_bytes: int | None = None
@@ -48,7 +48,7 @@ class Fault:
     duplicate_every: int = 0
     drop_every: int = 0
     swap_every: int = 0  # with the piece behind it
-    max_times: int | None = None  # of cuts, flips, duplicates, drops and swaps each; then no more
+    max_times: int | None = None  # of each of the faults that are counted in ``done``; then no more
     seed: int = 0
     done: Counter[str] = field(default_factory=Counter)  # what has been done so far
     num_pieces: int = 0
@@ -254,13 +254,14 @@ class FaultProxy:
         while True:
             item = await way.get()
             if item is None:
-                await self._let_pass(link, direction, num_written)
+                await self._let_pass(link, way, direction, num_written)
                 return
             if isinstance(item, Cut):
                 raise item
-            for offset in range(0, len(item), _WRITE_BYTES):
-                part = item[offset : offset + _WRITE_BYTES]
-                await self._let_pass(link, direction, num_written + len(part))
+            while item:
+                part = item[: self._size_at(link, num_written)]
+                item = item[len(part) :]
+                await self._let_pass(link, way, direction, num_written + len(part))
                 way.writer.write(part)
                 await way.writer.drain()
                 num_written += len(part)
@@ -268,9 +269,14 @@ class FaultProxy:
                 if rates:
                     await asyncio.sleep(len(part) / min(rates))
 
-    async def _let_pass(self, link: str, direction: Direction, num_bytes: int) -> None:
+    def _size_at(self, link: str, num_written: int) -> int:
+        """How much is written at once: not beyond where a stall begins."""
+        limits = [fault.stall_after_bytes for fault in self.board.on(link) if fault.stall_after_bytes is not None]
+        return min([_WRITE_BYTES, *(limit - num_written for limit in limits if limit > num_written)])
+
+    async def _let_pass(self, link: str, way: _Way, direction: Direction, num_bytes: int) -> None:
         """Waits while a stall is on."""
-        while any(_stalls(fault, direction, num_bytes) for fault in self.board.on(link)):
+        while any(way.is_stalled(fault, direction, num_bytes) for fault in self.board.on(link)):
             await self.board.change()
 
     def _delay_s(self, faults: list[Fault], direction: Direction) -> float:
@@ -289,6 +295,7 @@ class _Way:
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
         self._release_timer: asyncio.TimerHandle | None = None
+        self._stalls: dict[Fault, bool] = {}  # those that met this connection, and whether they were still to be done
 
     def put(self, item: bytes | Cut | None, delay_s: float) -> None:
         if item is None and self.held is not None:
@@ -313,6 +320,15 @@ class _Way:
         self._emptied.set()
         return item
 
+    def is_stalled(self, fault: Fault, direction: Direction, num_bytes: int) -> bool:
+        if fault.stall:
+            return _is_on(fault, direction)
+        if fault.stall_after_bytes is None or direction != "forth" or num_bytes <= fault.stall_after_bytes:
+            return False
+        if fault not in self._stalls:
+            self._stalls[fault] = fault.take("stall")
+        return self._stalls[fault]
+
     def hold(self, data: bytes) -> None:
         """Until the next piece has gone; or a moment, where none comes."""
         self.held = data
@@ -332,12 +348,6 @@ class _Way:
 
 def _is_on(fault: Fault, direction: Direction) -> bool:
     return fault.direction in ("both", direction)
-
-
-def _stalls(fault: Fault, direction: Direction, num_bytes: int) -> bool:
-    if fault.stall:
-        return _is_on(fault, direction)
-    return fault.stall_after_bytes is not None and direction == "forth" and num_bytes > fault.stall_after_bytes
 
 
 def _end(writer: asyncio.StreamWriter, *, is_fin: bool) -> None:

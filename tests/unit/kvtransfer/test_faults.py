@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from helpers.fault_proxy import Fault, FaultProxy, fault_proxy
 from helpers.kv_agents import (
     FIRST_TOKEN,
     LAYOUT,
@@ -18,7 +19,6 @@ from helpers.kv_agents import (
     options,
     running,
 )
-from helpers.kv_proxy import FaultProxy, fault_proxy
 from helpers.kv_raw_peer import RawPeer, raw_peer
 from helpers.waiting import eventually
 
@@ -82,7 +82,7 @@ CUTS = [
 @pytest.mark.parametrize("cut", CUTS)
 async def test_a_link_that_breaks_once_is_made_again_and_what_was_lost_is_sent_again(cut: int) -> None:
     async with through_proxy() as (sender, receiver, proxy):
-        proxy.cut_after = [cut]
+        proxy.board.set("*", Fault(cut_after_bytes=cut, max_times=1))
         prompt = Prompt(PROMPT_BLOCKS)
         await hand_over(sender, receiver, prompt)
         assert_arrived(sender, receiver, prompt)
@@ -92,18 +92,18 @@ async def test_a_link_that_breaks_once_is_made_again_and_what_was_lost_is_sent_a
 
 async def test_a_link_that_keeps_breaking_fails_the_handoff_and_frees_everything() -> None:
     async with through_proxy() as (sender, receiver, proxy):
-        proxy.cut_after = [HELLO + FRAME - 5] * 10
+        proxy.board.set("*", Fault(cut_after_bytes=HELLO + FRAME - 5))
         error = await failed(sender, receiver, Prompt(PROMPT_BLOCKS))
         assert (error.code, error.retryable) == (TransferCode.PEER_LOST, True)
         assert proxy.num_connections == 2
-        proxy.cut_after = []
+        proxy.board.clear()
         await hand_over(sender, receiver, Prompt(PROMPT_BLOCKS, attempt=2))  # nothing is remembered against the pair
 
 
 async def test_a_link_that_breaks_between_chunks_costs_nothing() -> None:
     async with through_proxy() as (sender, receiver, proxy):
         one_block = frames.HEADER_BYTES + 32 + BLOCK
-        proxy.cut_after = [HELLO + one_block]
+        proxy.board.set("*", Fault(cut_after_bytes=HELLO + one_block, max_times=1))
         prompt = Prompt(PROMPT_BLOCKS)
         handoff = open_handoff(sender, receiver, prompt)
         handoff.blocks_ready({0: prompt.block_ids[0]})
@@ -116,7 +116,7 @@ async def test_a_link_that_breaks_between_chunks_costs_nothing() -> None:
 @pytest.mark.parametrize("offset", [1, BLOCK + 7, 3 * BLOCK])
 async def test_a_spoiled_block_is_sent_once_more(offset: int) -> None:
     async with through_proxy() as (sender, receiver, proxy):
-        proxy.flip_at = [HELLO + FRAME - offset]
+        proxy.board.set("*", Fault(flip_at_byte=HELLO + FRAME - offset, max_times=1))
         prompt = Prompt(PROMPT_BLOCKS)
         await hand_over(sender, receiver, prompt)
         assert_arrived(sender, receiver, prompt)
@@ -126,7 +126,7 @@ async def test_a_spoiled_block_is_sent_once_more(offset: int) -> None:
 
 async def test_a_link_that_stalls_is_given_up_and_made_again() -> None:
     async with through_proxy() as (sender, receiver, proxy):
-        proxy.hold_after = [HELLO + FRAME - BLOCK]
+        proxy.board.set("*", Fault(stall_after_bytes=HELLO + FRAME - BLOCK, max_times=1))
         prompt = Prompt(PROMPT_BLOCKS)
         await hand_over(sender, receiver, prompt)
         assert_arrived(sender, receiver, prompt)
