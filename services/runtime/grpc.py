@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import structlog
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
@@ -198,7 +199,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             return handler
         method = str(handler_call_details.method)
         serialization = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _tolerant(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.unary_unary:
@@ -210,10 +211,40 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         return grpc.stream_stream_rpc_method_handler(_guard_stream(handler.stream_stream, method), **serialization)
 
 
+class _Unreadable:
+    """Stands for bytes that are no message of the method's type."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """gRPC itself would answer UNKNOWN, with the exception's words."""
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Unreadable()
+
+    return read
+
+
+def _readable(request: Any) -> Any:
+    """The request, or the stream of them, as the handler gets it. Raises BatonError in place of what cannot be read."""
+    if isinstance(request, _Unreadable):
+        raise BatonError(ErrorCode.INVALID_REQUEST, "the bytes sent are not a message of this method's type")
+    return _readable_stream(request) if hasattr(request, "__aiter__") else request
+
+
+async def _readable_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
+
+
 def _guard(behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behavior(request, context)
+            return await behavior(_readable(request), context)
         except Exception as error:
             await _abort_with(context, error, method)
 
@@ -225,7 +256,7 @@ def _guard_stream(behavior: Callable[..., Any] | None, method: str) -> Callable[
 
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            responses = behavior(request, context)
+            responses = behavior(_readable(request), context)
             if hasattr(responses, "__aiter__"):
                 # Closed here, not when it is garbage: its cleanup cancels what the caller started.
                 async with aclosing(responses):
@@ -243,7 +274,8 @@ async def _abort_with(context: grpc.aio.ServicerContext[Any, Any], error: Except
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, BatonError):
-        _log.error("rpc failed", method=method, exc_info=error)
+        if not context.done():  # a caller that has hung up cannot be answered, whatever the answer
+            _log.error("rpc failed", method=method, exc_info=error)
         error = BatonError(ErrorCode.INTERNAL, "internal error")
     await abort(context, error)
 

@@ -200,6 +200,24 @@ async def test_large_prompts_fit_and_a_message_over_the_limit_is_refused() -> No
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_bytes_that_are_no_message_are_an_invalid_argument_and_the_next_call_is_served() -> None:
+    async with serving(Worker()) as stub:
+        service = "/baton.api.decode.v1.DecodeService"
+        calls = [
+            stub.channel.unary_unary(f"{service}/GetStatus")(b"\xff" * 9, timeout=10),
+            stub.channel.stream_stream(f"{service}/Open")(iter([b"\xff" * 9]), timeout=10).read(),
+        ]
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details() == "the bytes sent are not a message of this method's type"
+        call = stub.Open()
+        await call.write(decode_pb2.OpenRequest())
+        assert await call.read() == decode_pb2.OpenResponse()
+        call.cancel()
+
+
 async def test_a_port_in_use_is_one_line() -> None:
     async with serving(Worker()) as stub:
         with pytest.raises(ConfigurationError, match=f"127.0.0.1:{stub.port}: the port is in use"):
