@@ -29,6 +29,8 @@ CHECKS := check-format check-lint check-types check-architecture check-proto che
 TEST_WORKERS ?= 2
 SEEDS ?= 1000
 FIRST ?= 0
+FRAMES ?= 100000
+SEED ?= 1
 
 .PHONY: help
 help: ## list the targets
@@ -45,7 +47,7 @@ demo: $(VENV)/.serve ## one question through both pools, its answer and receipt
 
 # ---- develop ---------------------------------------------------------------------------------------------------------
 
-.PHONY: setup test sim check bench chaos gpu-check proto clean $(CHECKS)
+.PHONY: setup test sim check fuzz bench chaos gpu-check proto clean $(CHECKS)
 setup: $(VENV)/.dev ## make the environment with everything that developing needs
 
 # One compute thread per process: with two test processes and their children on two cores, more only wait for each other.
@@ -77,6 +79,9 @@ check-proto:
 
 check-chart:
 	$(BIN)/python charts/lint.py
+
+fuzz: $(VENV)/.dev ## hostile frames and calls against a transfer agent; FRAMES=100000 SEED=1
+	BATON_FUZZ_FRAMES=$(FRAMES) BATON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -n0 -s -q $(ARGS)
 
 bench: $(VENV)/.dev ## benchmarks: a table, and JSON in bench-results/
 	$(BIN)/python -P -m baton.load.bench $(ARGS)

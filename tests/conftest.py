@@ -17,11 +17,20 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+import structlog
 from helpers.waiting import eventually_sync
 
 # A test process shares two cores with others: an example that took long says nothing.
 hypothesis.settings.register_profile("baton", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("baton")
+
+# As the processes log. structlog's own default prints local variables, which takes minutes where one is a large message.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 _CHILDREN_END_S = 5.0
 

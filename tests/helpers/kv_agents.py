@@ -21,6 +21,7 @@ from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.protocol import HandoffLimits
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
+from baton.services.runtime.grpc import create_server
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
 COMPATIBILITY = Compatibility("model", LAYOUT)
@@ -137,7 +138,7 @@ async def running(
     host = Host(memory.num_blocks)
     agent_options.setdefault("options", options())
     agent = TransferAgent(WorkerIdentity(worker_id, incarnation), compatibility, memory, host, **agent_options)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = create_server()
     agent.add_to_server(server)
     port = server.add_insecure_port(address)
     await agent.start()
