@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+_WORD_BITS = 512
+_WORD = (1 << _WORD_BITS) - 1
+
 
 def of(indices: Iterable[int]) -> int:
     """The set of these indices."""
@@ -20,10 +23,16 @@ def first(num_blocks: int) -> int:
 
 def indices(bits: int) -> Iterator[int]:
     """The members, ascending."""
+    start = 0
     while bits:
-        lowest = bits & -bits
-        yield lowest.bit_length() - 1
-        bits ^= lowest
+        # A word at a time: every step over the whole number would cost its whole length.
+        word = bits & _WORD
+        while word:
+            lowest = word & -word
+            yield start + lowest.bit_length() - 1
+            word ^= lowest
+        bits >>= _WORD_BITS
+        start += _WORD_BITS
 
 
 def has(bits: int, index: int) -> bool:

@@ -235,7 +235,7 @@ class _Landing:
         """Lands in the memory's canary block of this number."""
         memory.rows.row(memory.canary_row(number))[:] = bytes(memory.block_bytes)
         here = memory.num_blocks + number
-        entries = [replace(entry, slot=replace(entry.slot, block_id=here)) for entry in self.entries]
+        entries = [entry._replace(slot=replace(entry.slot, block_id=here)) for entry in self.entries]
         allowed = {entry.slot.index for entry in entries}
         arrival = Arrival(self.pair.fence, entries, allowed, self.pair.source, self.inlet.resume, self._on_ended)
         self.inner = self.pair.transport.land(arrival)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+
+_LENGTH_AND_INDEX = struct.Struct("<II")
+_CHECKSUM = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,13 @@ def pair_digest(sender: WorkerIdentity, receiver: WorkerIdentity) -> bytes:
 
 def manifest_digest(blocks: Iterable[tuple[int, bytes, int]]) -> bytes:
     """BLAKE2b-128 over (index, name, checksum) of the blocks that were sent, in index order."""
-    parts = (index.to_bytes(4, "little") + name + checksum.to_bytes(8, "little") for index, name, checksum in blocks)
-    return _digest(parts)
+    # Both sides wait for this at the end of a handoff, so it is put together in one go: the length that ``_digest`` puts
+    # before each part, then the part.
+    parts = [
+        _LENGTH_AND_INDEX.pack(12 + len(name), index) + name + _CHECKSUM.pack(checksum)
+        for index, name, checksum in blocks
+    ]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 def _words(identity: WorkerIdentity) -> tuple[str, str]:

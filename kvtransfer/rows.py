@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-# A copy this long is still in a core's cache when its checksum is taken, and long enough that the loop around it costs nothing.
-_COPY_BYTES = 512 * 1024
+# A copy this long is still in a core's own cache when its checksum is taken, and the loop around it costs little.
+_COPY_BYTES = 256 * 1024
 
 
 class Rows:
@@ -33,20 +33,33 @@ class Rows:
 
     def checksums(self, indices: Iterable[int]) -> list[int]:
         """xxh3_64 of each of these rows."""
-        return [self.checksum(index) for index in indices]
+        digest, view, size = xxhash.xxh3_64_intdigest, self._view, self.row_bytes
+        return [digest(view[start : start + size]) for start in map(size.__mul__, indices)]
 
     def copy_from(self, source: Rows, pairs: Sequence[tuple[int, int]]) -> list[int]:
         """Copies rows, (source row, our row) each, and returns the checksum of each of our copies.
 
         The checksum is of the copy and taken after it, so that it also tells when the source changed meanwhile.
         """
-        checksums: list[int] = []
         size = self.row_bytes
-        for from_row, to_row, count in _runs(pairs, max(1, _COPY_BYTES // size)):
+        if size > _COPY_BYTES:
+            return [self._copy_in_parts(source, from_row * size, to_row * size) for from_row, to_row in pairs]
+        checksums: list[int] = []
+        for from_row, to_row, count in _runs(pairs, _COPY_BYTES // size):
             ours = self._bytes[to_row * size : (to_row + count) * size]
             ours[:] = source._bytes[from_row * size : (from_row + count) * size]
             checksums += self.checksums(range(to_row, to_row + count))
         return checksums
+
+    def _copy_in_parts(self, source: Rows, from_start: int, to_start: int) -> int:
+        """One row that is larger than the cache: each part is hashed right after it was copied."""
+        digest = xxhash.xxh3_64()
+        for offset in range(0, self.row_bytes, _COPY_BYTES):
+            size = min(_COPY_BYTES, self.row_bytes - offset)
+            ours = slice(to_start + offset, to_start + offset + size)
+            self._bytes[ours] = source._bytes[from_start + offset : from_start + offset + size]
+            digest.update(self._view[ours])
+        return digest.intdigest()
 
 
 def _runs(pairs: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int, int]]:

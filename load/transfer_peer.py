@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import statistics
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import grpc.aio
+import numpy as np
 
+from baton.api.kvtransfer.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc
 from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
@@ -16,11 +22,30 @@ from baton.kvtransfer.memory import HostBlockMemory
 from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.services.runtime.grpc import create_channel, create_server
 
-# A 16-token block of the 135M Llama shape in bfloat16: 360 KiB.
-LAYOUT = KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16")
-NUM_BLOCKS = 520
 SENDER = WorkerIdentity("bench-sender", "0" * 32)
 RECEIVER = WorkerIdentity("bench-receiver", "1" * 32)
+
+LAYOUTS = {
+    "4 KiB": KVLayout(num_layers=1, num_kv_heads=1, head_dim=64, block_size=16, dtype="bfloat16"),
+    "6 KiB": KVLayout(num_layers=3, num_kv_heads=1, head_dim=32, block_size=16, dtype="bfloat16"),
+    "192 KiB": KVLayout(num_layers=24, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16"),
+    "360 KiB": KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16"),
+    "1 MiB": KVLayout(num_layers=32, num_kv_heads=8, head_dim=64, block_size=16, dtype="bfloat16"),
+}
+"""Blocks of 16 tokens in bfloat16; 360 KiB is the 135M Llama shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSpec:
+    """What both processes of a measurement agree on."""
+
+    transport: str
+    layout: str  # a key of LAYOUTS
+    num_blocks: int
+
+    @property
+    def block_bytes(self) -> int:
+        return LAYOUTS[self.layout].block_bytes
 
 
 class Pool:
@@ -33,7 +58,7 @@ class Pool:
         self, key: HandoffKey, sender: WorkerIdentity, block_names: Sequence[bytes], num_tokens: int
     ) -> Sequence[Slot]:
         self._generation += 1
-        return [Slot(index, NUM_BLOCKS - 1 - index, self._generation) for index in range(len(block_names))]
+        return [Slot(index, index, self._generation) for index in range(len(block_names))]
 
     async def committed(self, key: HandoffKey, first_token: FirstToken, report: TransferReport) -> None:
         """Taken over."""
@@ -42,19 +67,20 @@ class Pool:
         """Given up."""
 
 
-def make_agent(identity: WorkerIdentity, transport: str) -> tuple[TransferAgent, HostBlockMemory]:
-    """An agent with memory of its own."""
-    memory = HostBlockMemory(NUM_BLOCKS, LAYOUT.block_bytes)
-    memory.tensor.random_(0, 256)  # pages that were never touched would be copied from one zero page
+def make_agent(identity: WorkerIdentity, spec: PeerSpec) -> tuple[TransferAgent, HostBlockMemory]:
+    """An agent with memory of its own, every page of which was written: one that was not would be the one zero page."""
+    memory = HostBlockMemory(spec.num_blocks, spec.block_bytes)
+    memory.tensor.numpy()[:] = np.random.default_rng(1).integers(0, 256, len(memory.tensor), np.uint8)
+    compatibility = Compatibility("bench", LAYOUTS[spec.layout])
     agent = TransferAgent(
-        identity, Compatibility("bench", LAYOUT), memory, Pool(), transports=transport, open_channel=create_channel
+        identity, compatibility, memory, Pool(), transports=spec.transport, open_channel=create_channel
     )
     return agent, memory
 
 
-async def receive(transport: str) -> None:
+async def receive(spec: PeerSpec) -> None:
     """Serves until standard input ends. The first line of output is the gRPC address."""
-    agent, memory = make_agent(RECEIVER, transport)
+    agent, memory = make_agent(RECEIVER, spec)
     server = create_server()
     agent.add_to_server(server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -72,11 +98,6 @@ async def receive(transport: str) -> None:
 
 async def round_trip_s(address: str, repeats: int = 50) -> float:
     """Median time of an empty gRPC call to the receiver."""
-    import statistics
-    import time
-
-    from baton.api.kvtransfer.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc
-
     times = []
     async with create_channel(address) as channel:
         stub = kvtransfer_pb2_grpc.KVTransferServiceStub(channel)
@@ -91,5 +112,10 @@ async def round_trip_s(address: str, repeats: int = 50) -> float:
     return statistics.median(times)
 
 
+def as_argument(spec: PeerSpec) -> str:
+    """For the command line of the receiving process."""
+    return json.dumps(asdict(spec))
+
+
 if __name__ == "__main__":
-    asyncio.run(receive(sys.argv[1]))
+    asyncio.run(receive(PeerSpec(**json.loads(sys.argv[1]))))

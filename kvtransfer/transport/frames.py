@@ -21,6 +21,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode
 from baton.kvtransfer.layout import PROTOCOL_VERSION
@@ -66,8 +67,7 @@ class Header:
     token: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class BlockEntry:
+class BlockEntry(NamedTuple):
     """One block of a BLOCKS or BLOCK_REFS frame."""
 
     slot: Slot
@@ -82,9 +82,12 @@ def pack_hello(fence: bytes, token: bytes) -> bytes:
 
 def pack_blocks(kind: FrameKind, fence: bytes, token: bytes, entries: Sequence[BlockEntry], block_bytes: int) -> bytes:
     """Header and entries; for BLOCKS the caller sends the blocks' bytes right after."""
+    pack = _BLOCK.pack
     body = b"".join(
-        _BLOCK.pack(e.slot.index, e.slot.block_id, e.slot.generation, e.checksum, e.source_row, block_bytes)
-        for e in entries
+        [
+            pack(slot.index, slot.block_id, slot.generation, checksum, source_row, block_bytes)
+            for slot, checksum, source_row in entries
+        ]
     )
     return _header(kind, len(entries), len(body), fence, token) + body
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 
@@ -37,20 +37,21 @@ from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
 
 _log = structlog.get_logger(__name__)
 
-# Bytes of blocks after one frame: a few milliseconds on a 10 Gbit/s link, then verdicts and other handoffs get their turn.
+# Bytes of blocks in one frame: a few milliseconds on a 10 Gbit/s link, then verdicts and other handoffs get their turn; and
+# a receiver that takes them from our memory still finds them in the cache where their checksum was computed.
 _FRAME_BYTES = 4 * 1024 * 1024
 # Bytes of blocks hashed and sent in one go of the thread. It begins small, so that the receiver soon has something to do, and
-# doubles while there is more, so that handing work over to the thread and back costs little.
+# grows while there is more, so that handing work over to the thread and back costs little. A few milliseconds at most.
 _FIRST_GO_BYTES = 1024 * 1024
-_MAX_GO_BYTES = 8 * 1024 * 1024
+_MAX_GO_BYTES = 32 * 1024 * 1024
+_MAX_INLINE_GO_BYTES = 8 * 1024 * 1024
 # Less than this is done at once on the event loop: a round trip to the thread takes longer.
 _INLINE_BYTES = 512 * 1024
 # Longest pause before connecting again to a peer that keeps closing the connection.
 _MAX_BACKOFF_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class BlockPush:
+class BlockPush(NamedTuple):
     """One block to send: which of ours, and where to."""
 
     slot: Slot
@@ -165,13 +166,14 @@ class Outlet:
 
     async def _pump(self) -> None:
         go_bytes = _FIRST_GO_BYTES
+        max_go_bytes = _MAX_INLINE_GO_BYTES if self._transport.is_inline else _MAX_GO_BYTES
         try:
             while self._queue:
                 if self._stream is None:
                     await self.connect()
                 if self._queue and self._stream is not None:
                     await self._send_some(self._stream, self._take(go_bytes))
-                    go_bytes = min(_MAX_GO_BYTES, 2 * go_bytes)
+                    go_bytes = min(max_go_bytes, 4 * go_bytes)
         except TransferError as error:
             self._queue.clear()
             self._events.on_unreachable(error.code, error.message)
@@ -187,9 +189,7 @@ class Outlet:
         """The next frames, of at most ``max_bytes`` together. With staging one: two would wait for each other's rows."""
         block_bytes, taken = self._memory.block_bytes, []
         num_left = max(1, max_bytes // block_bytes)
-        largest = min(MAX_ENTRIES, self._memory.max_rows)
-        if self._transport.is_inline:
-            largest = max(1, min(largest, _FRAME_BYTES // block_bytes))
+        largest = max(1, min(MAX_ENTRIES, self._memory.max_rows, _FRAME_BYTES // block_bytes))
         while self._queue and num_left > 0:
             batch = self._queue[0]
             size = min(num_left, largest)
@@ -204,18 +204,20 @@ class Outlet:
 
     async def _send_some(self, stream: FrameStream, batches: list[_Batch]) -> None:
         self._reading = batches
-        stream.hold()
         try:
             for batch in batches:
                 batch.rows = await self._memory.load([push.block_id for push in batch.blocks])
             if sum(len(batch.rows) for batch in batches) * self._memory.block_bytes <= _INLINE_BYTES:
                 self._hash_and_send(stream, batches)
             else:
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._executor, self._hash_and_send, stream, batches)
+                stream.hold()  # not while waiting for rows: verdicts give them back
+                try:
+                    loop = asyncio.get_running_loop()
+                    await loop.run_in_executor(self._executor, self._hash_and_send, stream, batches)
+                finally:
+                    stream.release()
         finally:
             self._reading = []
-            stream.release()
             self._conclude(stream, batches)
         await stream.drain()
 
@@ -240,18 +242,24 @@ class Outlet:
     def _conclude(self, stream: FrameStream, batches: list[_Batch]) -> None:
         """What was sent is told; what the socket did not take waits in the stream; what was cancelled is let go."""
         sent: list[_Batch] = []
+        rest: list[tuple[_Batch, Outgoing]] = []
         for batch in batches:
             if stream is not self._stream or batch.frame is None or batch.fence in self._when_quiet:
                 self._memory.unload(batch.rows)
                 if stream is self._stream and batch.frame is not None and batch.frame.is_partly_sent:
                     batch.frame.blank()
-                    stream.send(batch.frame)
+                    rest.append((batch, batch.frame))
             elif batch.frame.views:
                 self._sending[batch] = None
-                stream.send(batch.frame, partial(self._on_sent, [batch]))
+                rest.append((batch, batch.frame))
             else:
                 sent.append(batch)
-        self._on_sent(sent)
+        self._on_sent(sent)  # before the rest, which may be sent at once: blocks are told in their order
+        for batch, frame in rest:
+            if batch in self._sending:
+                stream.send(frame, partial(self._on_sent, [batch]))
+            elif frame.is_partly_sent:  # cancelled: blank, but its length was promised
+                stream.send(frame)
         when_quiet, self._when_quiet = self._when_quiet, {}
         for callback in when_quiet.values():
             callback()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,6 +25,10 @@ _log = structlog.get_logger(__name__)
 
 # Bytes moved in one callback: about 0.2 ms of copying in the kernel.
 _TURN_BYTES = 1024 * 1024
+# A payload's bytes are read when so many are there, not sooner: fewer turns of the event loop, and longer copies in each.
+_LOW_WATER_BYTES = 512 * 1024
+# How long a thread waits for room in the socket. A peer that keeps up makes some sooner; for another one the event loop waits.
+_ROOM_WAIT_MS = 5
 # Buffers in one system call; the kernel's own limit is 1024.
 _MAX_BUFFERS = 256
 
@@ -115,6 +120,7 @@ class FrameStream:
         self._outgoing: deque[Outgoing] = deque()
         self._is_writing = False
         self._is_held = False
+        self._low_water_bytes = 1
         self._drained = asyncio.Event()
         self.is_closed = False
         self._stall_s = stall_s
@@ -152,13 +158,20 @@ class FrameStream:
             await self._drained.wait()
 
     def hold(self) -> None:
-        """Until ``release``, ``send_now`` may be called on another thread, and ``send`` may not be called at all."""
+        """Until ``release``, ``send_now`` may be called on another thread, and ``send`` may not be called at all.
+
+        Nothing is received meanwhile: so an answer to what was sent is never heard before the sending was told.
+        """
         self._is_held = True
+        if not self.is_closed and not self._is_paused:
+            self._loop.remove_reader(self._sock.fileno())
 
     def release(self) -> None:
         self._is_held = False
         if self.is_closed:
             self._sock.close()
+        elif not self._is_paused:
+            self._loop.add_reader(self._sock.fileno(), self._on_readable)
 
     def send_now(self, frame: Outgoing) -> None:
         """Sends as much of a frame as the socket takes, unless an earlier one is not out yet; ``send`` takes the rest.
@@ -167,7 +180,16 @@ class FrameStream:
         """
         with contextlib.suppress(OSError):
             while frame.views and not self._outgoing and not self.is_closed:
-                frame.advance(self._sock.sendmsg(list(islice(frame.views, _MAX_BUFFERS))))
+                try:
+                    frame.advance(self._sock.sendmsg(list(islice(frame.views, _MAX_BUFFERS))))
+                except (BlockingIOError, InterruptedError):
+                    if not self._wait_for_room():
+                        return
+
+    def _wait_for_room(self) -> bool:
+        room = select.poll()
+        room.register(self._sock.fileno(), select.POLLOUT)
+        return bool(room.poll(_ROOM_WAIT_MS))
 
     def _on_writable(self) -> None:
         try:
@@ -215,7 +237,8 @@ class FrameStream:
         if self._is_paused and not self.is_closed:
             self._is_paused = False
             self._moved_s = self._loop.time()
-            self._loop.add_reader(self._sock.fileno(), self._on_readable)
+            if not self._is_held:
+                self._loop.add_reader(self._sock.fileno(), self._on_readable)
 
     def _on_readable(self) -> None:
         num_left = _TURN_BYTES
@@ -259,7 +282,15 @@ class FrameStream:
             self._have += num_read
             if self._have == self._want:
                 self._end_of_part()
+        self._set_low_water(1 if self._payload is None else min(_LOW_WATER_BYTES, self._payload.num_left))
         return num_read
+
+    def _set_low_water(self, num_bytes: int) -> None:
+        """The system wakes us when so many bytes are there, or the connection ended."""
+        if num_bytes != self._low_water_bytes and not self.is_closed:
+            self._low_water_bytes = num_bytes
+            with contextlib.suppress(OSError):  # not on every kind of socket; then it wakes us more often
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
 
     def _end_of_part(self) -> None:
         if self._header is None:
@@ -315,4 +346,6 @@ class FrameStream:
         if is_waiting and self._loop.time() - self._moved_s >= self._stall_s:
             self._lose(f"no byte moved for {self._stall_s:g} s in the middle of a frame")
             return
+        if is_waiting:
+            self._set_low_water(1)  # a slow link's few bytes are progress too
         self._stall_timer = self._loop.call_later(self._stall_s / 2, self._check_stall)

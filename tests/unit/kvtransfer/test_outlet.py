@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -19,7 +20,9 @@ from baton.kvtransfer.messages import Slot
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.transport import frames
 from baton.kvtransfer.transport.frames import FrameKind
-from baton.kvtransfer.transport.outlet import BlockPush, Outlet
+from baton.kvtransfer.transport.outlet import BlockPush, Outlet, _Batch
+from baton.kvtransfer.transport.shm import ShmTransport
+from baton.kvtransfer.transport.stream import FrameStream, Outgoing
 from baton.kvtransfer.transport.tcp import TcpTransport
 
 # Larger than any socket buffer, so that sending it has to wait for the reader.
@@ -82,7 +85,9 @@ def push(index: int, block_id: int) -> BlockPush:
 
 
 @asynccontextmanager
-async def bench(**options: float) -> AsyncIterator[Bench]:
+async def bench(
+    transport: type[TcpTransport] | type[ShmTransport] = TcpTransport, **options: float
+) -> AsyncIterator[Bench]:
     memory, executor, events = HostBlockMemory(3, BLOCK), ThreadPoolExecutor(1), Events()
     for row in range(3):
         memory.rows.row(row)[:] = random.Random(row).randbytes(1 << 16) * (BLOCK >> 16)
@@ -92,7 +97,7 @@ async def bench(**options: float) -> AsyncIterator[Bench]:
             server.getsockname(),
             pair_fence=bytes(16),
             data_token=TOKEN,
-            transport=TcpTransport(memory, executor),
+            transport=transport(memory, executor),
             memory=memory,
             executor=executor,
             events=events,
@@ -161,3 +166,42 @@ async def test_an_address_without_a_listener_is_told() -> None:
         setup.outlet.address = ("127.0.0.1", 1)
         with pytest.raises(TransferError, match=r"data plane 127\.0\.0\.1:1"):
             await setup.outlet.connect()
+
+
+async def test_blocks_are_told_in_the_order_in_which_they_left() -> None:
+    """A commit follows the last one: one that was told out of turn would end the handoff without the others' checksums."""
+    async with bench() as setup:
+        whole, rest = _Batch(FENCES[0], TOKEN, [push(0, 0)]), _Batch(FENCES[0], TOKEN, [push(1, 1)])
+        whole.frame, whole.sent = Outgoing(b""), ((0, 11),)
+        whole.frame.advance(0)  # nothing of it is left
+        rest.frame, rest.sent = Outgoing(b"the socket has room for this by now"), ((1, 12),)
+        stream = setup.outlet._stream
+        assert stream is not None
+        setup.outlet._conclude(stream, [whole, rest])
+        assert setup.events.sent == [(FENCES[0], (0,)), (FENCES[0], (1,))]
+
+
+async def test_no_verdict_is_heard_before_the_sending_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receiver may be faster than the thread that sends: its verdict waits until the thread is done."""
+    async with bench(ShmTransport) as setup:
+        heard: list[str] = []
+        monkeypatch.setattr(setup.events, "on_verdicts", lambda *_: heard.append("verdict"))
+        monkeypatch.setattr(setup.events, "on_sent", lambda *_: heard.append("sent"))
+        hash_and_send, is_answered = setup.outlet._hash_and_send, threading.Event()
+
+        def slowly(stream: FrameStream, batches: list[_Batch]) -> None:
+            hash_and_send(stream, batches)
+            is_answered.wait(30)
+
+        monkeypatch.setattr(setup.outlet, "_hash_and_send", slowly)
+        setup.outlet.push(FENCES[0], TOKEN, [push(0, 2)])
+        reading = asyncio.create_task(setup.read_frame())
+        await eventually(lambda: setup.outlet._reading and setup.outlet._reading[0].frame)
+        setup.arrived.send(frames.pack_verdicts(FENCES[0], (0,), ())[0])
+        for _ in range(20):  # turns of the event loop, in which the verdict would be read
+            await asyncio.sleep(0)
+        assert heard == []
+        is_answered.set()
+        await reading
+        await eventually(lambda: len(heard) == 2)
+        assert heard == ["sent", "verdict"]
