@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost, WorkerCost, visible_transfer_s
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.fetch import FetchPlan, FetchPolicy, plan_fetch
 
 
 class Role(StrEnum):
@@ -70,9 +71,11 @@ class RoutedRequest:
     excluded: Collection[str] = ()  # incarnations that already failed this request
     excluded_pairs: Collection[tuple[str, str]] = ()  # prefill and decode incarnations that failed it together
     preferred: Collection[str] = ()  # incarnations that hold blocks of it: before the price counts
+    fetch: FetchPolicy | None = None  # None: blocks that others hold are not fetched
 
-    def num_uncached_tokens(self, worker_id: str) -> int:
-        return max(1, self.num_tokens - self.cached_blocks.get(worker_id, 0) * self.block_size)
+    def num_uncached_tokens(self, worker_id: str, fetch: FetchPlan | None = None) -> int:
+        num_blocks = self.cached_blocks.get(worker_id, 0) if fetch is None else fetch.num_blocks
+        return max(1, self.num_tokens - num_blocks * self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +90,13 @@ class Candidate:
     transfer_s: float
     decode_wait_s: float
     interference_s: float = 0.0  # time that it takes from the streams already running on the decode worker, summed
+    fetch: FetchPlan | None = None  # what the worker that prefills gets from a third one first
 
     @property
     def ttft_s(self) -> float:
         """Predicted time to first token."""
-        return self.queue_s + self.prefill_s + self.transfer_s + self.decode_wait_s
+        fetch_s = 0.0 if self.fetch is None else self.fetch.fetch_s
+        return self.queue_s + fetch_s + self.prefill_s + self.transfer_s + self.decode_wait_s
 
     @property
     def price_s(self) -> float:
@@ -120,9 +125,9 @@ def route(
     prefillers = [worker for worker in usable if worker.role is Role.PREFILL]
     if not decoders:
         raise BatonError(ErrorCode.NO_WORKERS, _explain_none(workers, request), retryable=True, retry_after_s=1.0)
-    local = [_price_local(request, decoder) for decoder in decoders]
+    local = [_price_local(request, decoder, usable) for decoder in decoders]
     remote = [
-        _price_remote(request, prefiller, decoder)
+        _price_remote(request, prefiller, decoder, usable)
         for decoder in decoders
         if decoder.role is Role.DECODE
         for prefiller in prefillers
@@ -145,9 +150,29 @@ def _rank(request: RoutedRequest, candidate: Candidate) -> tuple[bool, float, in
     return is_strange, round(candidate.price_s, 6), zlib.crc32(key.encode())
 
 
-def _price_local(request: RoutedRequest, decoder: WorkerView) -> Candidate:
+def _plan_fetch(request: RoutedRequest, needer: WorkerView, workers: Sequence[WorkerView]) -> FetchPlan | None:
+    """What the worker that prefills should get from another first."""
+    if request.fetch is None or not request.cached_blocks:
+        return None
+    links = {
+        worker.worker_id: _link(worker, needer) for worker in workers if worker.compatibility == needer.compatibility
+    }
+    return plan_fetch(
+        request.fetch,
+        needer.worker_id,
+        links,
+        request.cached_blocks,
+        num_tokens=request.num_tokens,
+        block_size=request.block_size,
+        block_bytes=request.block_bytes,
+        prefill_s_per_token=needer.cost.prefill_s_per_token,
+    )
+
+
+def _price_local(request: RoutedRequest, decoder: WorkerView, workers: Sequence[WorkerView]) -> Candidate:
     mode = Mode.COLOCATED if decoder.role is Role.COLOCATED else Mode.LOCAL
-    prefill_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id))
+    fetch = _plan_fetch(request, decoder, workers)
+    prefill_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id, fetch))
     return Candidate(
         mode,
         decoder,
@@ -157,10 +182,14 @@ def _price_local(request: RoutedRequest, decoder: WorkerView) -> Candidate:
         transfer_s=0.0,
         decode_wait_s=_seat_wait_s(request, decoder),
         interference_s=prefill_s * decoder.running,
+        fetch=fetch,
     )
 
 
-def _price_remote(request: RoutedRequest, prefiller: WorkerView, decoder: WorkerView) -> Candidate:
+def _price_remote(
+    request: RoutedRequest, prefiller: WorkerView, decoder: WorkerView, workers: Sequence[WorkerView]
+) -> Candidate:
+    fetch = _plan_fetch(request, prefiller, workers)
     num_blocks = -(-request.num_tokens // request.block_size)
     num_sent = max(0, num_blocks - request.cached_blocks.get(decoder.worker_id, 0))
     num_last_chunk = -(-min(request.num_tokens, prefiller.max_num_batched_tokens) // request.block_size)
@@ -169,11 +198,12 @@ def _price_remote(request: RoutedRequest, prefiller: WorkerView, decoder: Worker
         decoder,
         prefiller,
         queue_s=prefiller.queued_tokens * prefiller.cost.prefill_s_per_token,
-        prefill_s=prefiller.cost.prefill_s(request.num_uncached_tokens(prefiller.worker_id)),
+        prefill_s=prefiller.cost.prefill_s(request.num_uncached_tokens(prefiller.worker_id, fetch)),
         transfer_s=visible_transfer_s(
             _link(prefiller, decoder), num_sent * request.block_bytes, num_last_chunk * request.block_bytes
         ),
         decode_wait_s=_seat_wait_s(request, decoder),
+        fetch=fetch,
     )
 
 

@@ -16,7 +16,7 @@ class TokenDelta:
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    cached_tokens: int | None = None  # in the first delta
+    cached_tokens: int | None = None  # in the first delta; a later one may know better
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # in the first delta, if asked for
 
 

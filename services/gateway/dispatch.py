@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import structlog
@@ -14,6 +14,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2
 from baton.api.prefill.v1 import prefill_pb2
 from baton.services.core.block_hash import BlockNamer
+from baton.services.core.fetch import FETCH_FAILED, FetchPlan, FetchPolicy
 from baton.services.core.ladder import Ladder
 from baton.services.core.ladder_steps import Command, Emit, End, LadderLimits, PartOutput, Release, Start, Wish
 from baton.services.core.lifecycle import Instant
@@ -43,6 +44,9 @@ class _Run:
     arrivals: asyncio.Queue[Arrival] = field(default_factory=asyncio.Queue)
     links: dict[tuple[int, str], WorkerLink] = field(default_factory=dict)  # by attempt and incarnation, until released
     sent_s: float = 0.0  # the attempt under way
+    is_from_start: bool = True  # that attempt began without generated tokens
+    block_size: int = 16
+    told_cached_tokens: int | None = None
     end: End | None = None
     own_end: str = "abort"  # what it means when the caller closes the generation
 
@@ -60,11 +64,13 @@ class WorkerDispatcher:
         clock: Callable[[], float],
         placement: Placement = Placement.REMOTE,
         limits: LadderLimits | None = None,
+        fetch: FetchPolicy | None = None,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_start = on_start
         self._placement = placement
         self._limits = limits or LadderLimits()
+        self._fetch = fetch or FetchPolicy()
         self._registry = registry
         self._prefix_index = prefix_index
         self._block_key = block_key
@@ -169,15 +175,17 @@ class WorkerDispatcher:
         if compatibility is not None and not run.block_names:
             namer = BlockNamer(self._block_key, compatibility.model_fingerprint)
             run.block_names = namer.names(run.request.prompt_token_ids, layout.block_size, run.request.cache_salt)
+        run.block_size = layout.block_size or run.block_size
         routed = RoutedRequest(
             request_id=run.request.request_id,
             num_tokens=len(run.request.prompt_token_ids) + len(run.ladder.token_ids),
-            block_size=layout.block_size or 16,
+            block_size=run.block_size,
             block_bytes=block_bytes(layout),
             cached_blocks=self._prefix_index.matches(run.block_names),
             excluded=wish.excluded,
             excluded_pairs=wish.excluded_pairs,
             preferred=wish.preferred,
+            fetch=self._fetch,
         )
         return route(routed, self._registry.views(), wish.placement)
 
@@ -197,15 +205,23 @@ class WorkerDispatcher:
                     if delta.tokens:
                         run.request.trace.mark(Instant.FIRST_TOKEN, self._clock())
                     run.record.completion_tokens += len(delta.tokens)
-                    deltas.append(delta)
+                    deltas.append(self._with_cached_tokens(run, delta))
                 case End():
                     run.end = command
                     self._end(run.record, command.outcome)
         return deltas
 
+    def _with_cached_tokens(self, run: _Run, delta: TokenDelta) -> TokenDelta:
+        """The first delta tells what is known then, and the first after that changed tells it again."""
+        cached_tokens = run.record.cached_tokens
+        is_news = cached_tokens != run.told_cached_tokens
+        run.told_cached_tokens = cached_tokens
+        return replace(delta, cached_tokens=cached_tokens if is_news else None)
+
     def _start(self, run: _Run, command: Start) -> None:
         request, chosen, number = run.request, command.attempt.decision.chosen, command.attempt.number
         run.sent_s = self._clock()
+        run.is_from_start = len(command.token_ids) == len(request.prompt_token_ids)
         run.request.trace.mark(Instant.ROUTED, run.sent_s)
         decode = self._link(run, number, chosen.decode)
         prefill = None if chosen.prefill is None else self._link(run, number, chosen.prefill)
@@ -218,13 +234,26 @@ class WorkerDispatcher:
             cache_salt=request.cache_salt,
             deadline_ms=0 if run.deadline_s is None else max(1, int((run.deadline_s - run.sent_s) * 1e3)),
         )
+        fetch = self._fetch_source(chosen.fetch)
         # The decode worker first: it then knows of the handoff when the prefill worker asks it for slots.
         if prefill is None:
-            decode.start(decode_pb2.Start(spec=spec), run.arrivals)
+            decode.start(decode_pb2.Start(spec=spec, fetch=fetch), run.arrivals)
             return
         decode.start(decode_pb2.Start(spec=spec, prefill=prefill.identity), run.arrivals)
         prefill.start(
-            prefill_pb2.Start(spec=spec, decode=decode.identity, decode_address=chosen.decode.address), run.arrivals
+            prefill_pb2.Start(spec=spec, decode=decode.identity, decode_address=chosen.decode.address, fetch=fetch),
+            run.arrivals,
+        )
+
+    def _fetch_source(self, plan: FetchPlan | None) -> pb.FetchSource | None:
+        holder = None if plan is None else self._registry.get(plan.holder_id)
+        if plan is None or holder is None:
+            return None
+        return pb.FetchSource(
+            holder=holder.link.identity,
+            address=holder.link.address,
+            num_blocks=plan.num_blocks,
+            patience_ms=max(1, round(plan.patience_s * 1e3)),
         )
 
     def _link(self, run: _Run, attempt: int, view: WorkerView) -> WorkerLink:
@@ -241,11 +270,19 @@ class WorkerDispatcher:
             start_s = run.sent_s + output.prefill.queue_ms / 1e3
             trace.mark(Instant.PREFILL_START, start_s)
             trace.mark(Instant.PREFILL_END, start_s + output.prefill.prefill_ms / 1e3)
-            if not run.ladder.token_ids:  # what a later attempt finds is, in part, this request's own
+            if run.is_from_start:  # what a later attempt finds is, in part, this request's own
                 record.cached_tokens = output.prefill.cached_tokens
         if output.HasField("transfer"):
             record.transfer = output.transfer
             trace.mark(Instant.TRANSFER_END, self._clock())
+            if run.is_from_start:  # the decode worker may have had more of the prompt than its prefill worker
+                size = run.block_size
+                num_there = min(output.transfer.num_blocks_skipped, (record.prompt_tokens - 1) // size)
+                record.cached_tokens = max(record.cached_tokens, num_there * size)
+        if output.HasField("fetch"):
+            record.fetch = output.fetch
+            if output.fetch.HasField("error"):
+                run.ladder.fallbacks.append(FETCH_FAILED)
 
     def _log_failure(self, run: _Run) -> None:
         attempt, error = run.ladder.attempts[-1], run.ladder.failure

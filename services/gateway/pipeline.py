@@ -70,13 +70,15 @@ class Generation:
             yield self._complete(choice, assembler.feed(TokenDelta(0, (), FinishReason.LENGTH)))
             return
         last: ChoicePiece | None = None
+        cached_tokens = 0
         async with aclosing(self._deps.dispatcher.generate(choice.request)) as deltas:
             async for delta in deltas:
                 kept = _without_tokens(delta) if choice.drops_output else delta
                 piece = self._complete(choice, assembler.feed(kept))
                 self.usage.completion_tokens += len(piece.tokens)
-                if choice.is_leader and piece.is_first:
-                    self.usage.cached_tokens += delta.cached_tokens or 0
+                if choice.is_leader and delta.cached_tokens is not None:
+                    self.usage.cached_tokens += delta.cached_tokens - cached_tokens
+                    cached_tokens = delta.cached_tokens
                 if piece.finish_reason is None:
                     yield piece
                     continue

@@ -36,6 +36,7 @@ class GenerationRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     transfer: pb.TransferReport | None = None
+    fetch: pb.FetchReport | None = None
     outcome: str | None = None  # the one end
 
     @property
@@ -137,6 +138,7 @@ def render_receipt(receipt_id: str, model: str, records: Sequence[GenerationReco
         "cached_tokens": first.cached_tokens,
         "completion_tokens": sum(record.completion_tokens for record in records),
         "transfer": _render_transfer(first.transfer),
+        "fetch": _render_fetch(first.fetch),
         "retries": sum(max(0, len(record.attempts) - 1) for record in records),
         "fallbacks": [reason for record in records for reason in record.fallbacks],
         "attempts": [_render_attempt(attempt) for attempt in first.attempts],
@@ -184,6 +186,20 @@ def _render_transfer(report: pb.TransferReport | None) -> dict[str, object] | No
         "duration_ms": round(report.duration_ms, 3),
         "commit_ms": round(report.commit_ms, 3),
         "reserve_wait_ms": round(report.reserve_wait_ms, 3),
+    }
+
+
+def _render_fetch(report: pb.FetchReport | None) -> dict[str, object] | None:
+    if report is None:
+        return None
+    return {
+        "from": report.holder,
+        "path": report.transport or None,
+        "blocks": report.num_blocks,
+        "blocks_skipped": report.num_blocks_skipped,
+        "bytes": report.num_bytes,
+        "duration_ms": round(report.duration_ms, 3),
+        "error": report.error.code if report.HasField("error") else None,
     }
 
 

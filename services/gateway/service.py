@@ -19,6 +19,7 @@ import uvicorn
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from baton.services.core.errors import ErrorCode
+from baton.services.core.fetch import FetchMode, FetchPolicy
 from baton.services.core.ladder_steps import LadderLimits
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.router import Placement, Role
@@ -84,6 +85,7 @@ class GatewayService:
             clock=time.monotonic,
             placement=Placement(settings.placement),
             limits=LadderLimits(max_wait_s=settings.worker_wait_s),
+            fetch=FetchPolicy(FetchMode(settings.fetch)),
             on_start=self._metrics.request_admitted,
         )
         self._deps = GatewayDeps(
@@ -226,6 +228,8 @@ class GatewayService:
             metrics.fell_back(rung)
         if record.transfer is not None:
             metrics.kv_transferred(record.transfer)
+        if record.fetch is not None:
+            metrics.kv_fetched(record.fetch)
         if not record.is_first:  # a response with several choices is one request
             return
         if record.slo_met:

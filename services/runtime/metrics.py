@@ -81,8 +81,17 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._fetched_blocks = Counter(
+            "baton_kv_fetched_blocks",
+            "KV blocks that workers got from others instead of computing them, by where they are from.",
+            ["holder"],
+            registry=registry,
+        )
         self._fallbacks = Counter(
-            "baton_fallbacks", "Steps down the failure ladder, by rung.", ["reason"], registry=registry
+            "baton_fallbacks",
+            "Steps down the failure ladder, by rung, and fetches that failed.",
+            ["reason"],
+            registry=registry,
         )
         self._retries = Counter(
             "baton_retries", "Attempts after the first, by what went wrong.", ["reason"], registry=registry
@@ -145,6 +154,9 @@ class Metrics:
         self._transfer_bytes.labels(report.transport).inc(report.num_bytes)
         self._transfer_blocks.labels("sent").inc(report.num_blocks)
         self._transfer_blocks.labels("skipped").inc(report.num_blocks_skipped)
+
+    def kv_fetched(self, report: common_pb2.FetchReport) -> None:
+        self._fetched_blocks.labels(report.holder).inc(report.num_blocks)
 
     def fell_back(self, reason: str) -> None:
         self._fallbacks.labels(reason).inc()

@@ -210,6 +210,9 @@ class GatewayOptions(Settings):
         "remote",
         description="Who prefills: remote: the prefill pool, where there is one; local: the decode worker; auto: the cheaper.",
     )
+    fetch: Literal["auto", "always", "off"] = Field(
+        "auto", description="KV blocks that another worker holds: auto: fetched when that beats computing them."
+    )
 
     @field_validator("grpc_port")
     @classmethod

@@ -20,6 +20,7 @@ from pydantic import ByteSize
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_hash import BlockNamer
+from baton.services.core.fetch import FetchPolicy
 from baton.services.core.lifecycle import Instant
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.request import FinishReason, SampledToken, SamplingParams
@@ -59,7 +60,7 @@ class Generated:
 class Cluster:
     """Workers and a dispatcher. Use ``run_cluster``."""
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement = Placement.REMOTE, fetch: FetchPolicy | None = None) -> None:
         self.bus = InProcessBus()
         self.hosts: list[WorkerHost[Any]] = []
         self.gateway = pb.WorkerIdentity(worker_id="gateway", incarnation=uuid.uuid4().hex)
@@ -69,7 +70,13 @@ class Cluster:
         self.registry = Registry(self.gateway, clock=time.monotonic, on_forget=self.prefix_index.forget)
         self.discovery = Discovery(self.bus, Subjects("test"), self.gateway, self.registry, self.prefix_index)
         self.dispatcher = WorkerDispatcher(
-            self.registry, self.prefix_index, BLOCK_KEY, self.receipts, clock=time.monotonic, placement=Placement.REMOTE
+            self.registry,
+            self.prefix_index,
+            BLOCK_KEY,
+            self.receipts,
+            clock=time.monotonic,
+            placement=placement,
+            fetch=fetch,
         )
 
     def host(self, role: str) -> WorkerHost[Any]:
@@ -154,13 +161,15 @@ async def run_cluster(
     num_blocks: int = 256,
     prefill_settings: dict[str, Any] | None = None,
     keep_stopped: bool = False,
+    placement: Placement = Placement.REMOTE,
+    fetch: FetchPolicy | None = None,
     **settings: Any,
 ) -> Any:
     """Starts an installation and stops it. ``mode``: "disaggregated" or "colocated".
 
     ``keep_stopped``: a worker that the test took out of ``hosts`` is the test's to stop.
     """
-    cluster = Cluster()
+    cluster = Cluster(placement, fetch)
     roles = ["colocated"] * num_decode if mode == "colocated" else ["prefill"] * num_prefill + ["decode"] * num_decode
     async with AsyncExitStack() as stack:
         for index, role in enumerate(roles):
