@@ -44,7 +44,9 @@ class Conversation:
         assert generated.token_ids == expected_tokens(self.subject, prompt)
         assert generated.indices == list(range(NUM_OUTPUT_TOKENS))
         self.said, self.last = (*prompt, *generated.token_ids), generated
-        await eventually(lambda: self.num_announced >= self.num_computed // 16, what="the announcement of the blocks")
+        await eventually(
+            lambda: self.num_announced >= self.num_computed // 16, what="the announcement of the blocks", timeout_s=30.0
+        )
         return generated
 
     @property
@@ -162,7 +164,9 @@ async def test_a_decode_worker_that_prefills_fetches_from_the_one_that_ran_the_t
         talk.said = (*talk.said, *first.token_ids)
         talk.last = first
         talk.worker_id = holder = talk.receipt()["decision"]["decode"]
-        await eventually(lambda: talk.num_announced == talk.num_computed // 16, what="the announcement of the blocks")
+        await eventually(
+            lambda: talk.num_announced == talk.num_computed // 16, what="the announcement of the blocks", timeout_s=30.0
+        )
         num_reused = talk.num_computed // 16 * 16
         views = cluster.registry.views  # the holder looks full, so that the other one is chosen
         monkeypatch.setattr(
@@ -236,7 +240,9 @@ async def test_either_side_may_go_away_while_blocks_come(
         first = await cluster.generate(talk.said, ignore_eos=True)
         talk.said, talk.last = (*talk.said, *first.token_ids), first
         talk.worker_id = holder = talk.receipt()["decision"]["decode"]
-        await eventually(lambda: talk.num_announced == talk.num_computed // 16, what="the announcement of the blocks")
+        await eventually(
+            lambda: talk.num_announced == talk.num_computed // 16, what="the announcement of the blocks", timeout_s=30.0
+        )
         stopping: list[asyncio.Task[None]] = []
 
         def stop(worker_id: str) -> None:
