@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from chaos.results import Result
@@ -67,13 +67,17 @@ def write_json(outcomes: Sequence[Outcome], path: Path) -> None:
                 "problems": outcome.problems,
                 "runs": outcome.num_runs,
                 "took_s": round(outcome.took_s, 1),
-                **asdict(outcome.result),
-                "notes": outcome.result.notes[:50],
+                **_as_json(outcome.result),
             }
             for outcome in outcomes
         ],
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_json(result: Result) -> dict[str, object]:
+    values = {each.name: getattr(result, each.name) for each in fields(result)}
+    return {**values, "errors": dict(result.errors), "notes": result.notes[:50]}
 
 
 def _seconds(value: float | None) -> str:

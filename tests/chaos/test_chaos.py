@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
+from chaos.report import Outcome, print_table, write_json
+from chaos.results import Result
 from chaos.scenario import FOLDER, Scenario, load_scenarios
 from chaos.suite import run_scenarios
 
@@ -54,3 +60,14 @@ def test_a_sweep_gives_one_variant_for_each_value() -> None:
     variants = scenario.variants()
     assert [steps[0].when["tokens"] for steps in variants] == [1, 7, 1, 7]
     assert variants[1][0].arguments == {"link": "a>b-7:kv", "cut_after_pieces": 7}
+
+
+def test_the_report_is_json_and_says_what_failed(tmp_path: Path) -> None:
+    result = Result(requests=3, failed=1, errors=Counter(worker_lost=1), notes=["x-1: worker_lost"])
+    scenario = Scenario.parse({"name": "x", "failures": ["F3"], "says": "", "expect": {"min_injected": 2}})
+    outcome = Outcome(scenario, result, result.problems(scenario.expect), num_runs=1, took_s=1.0)
+    assert outcome.problems == ["failed 1, at most 0", "injected 0, at least 2"]
+    print_table([outcome])
+    write_json([outcome], tmp_path / "new" / "chaos.json")
+    (written,) = json.loads((tmp_path / "new" / "chaos.json").read_text())["scenarios"]
+    assert (written["passed"], written["errors"], written["requests"]) == (False, {"worker_lost": 1}, 3)
