@@ -123,8 +123,7 @@ class Run:
         arguments = step.arguments
         match step.action:
             case "signal":
-                for name in _names(arguments["process"]):
-                    await self._signal(name, getattr(signal, f"SIG{arguments['signal']}"))
+                await self._signal(_names(arguments["process"]), getattr(signal, f"SIG{arguments['signal']}"))
             case "start":
                 for name in _names(arguments):
                     if not self.cluster.processes[name].is_running:
@@ -153,15 +152,18 @@ class Run:
             case other:
                 raise ValueError(f"unknown action {other}")
 
-    async def _signal(self, name: str, number: signal.Signals) -> None:
-        process = self.cluster.processes[name]
-        if number in (signal.SIGKILL, signal.SIGTERM):
-            self._expected_ends.add((name, process.pid))
-        if number != signal.SIGCONT:
-            self._faulted_s[name] = time.monotonic()
-        process.signal(number)
+    async def _signal(self, names: list[str], number: signal.Signals) -> None:
+        """All of them at once."""
+        processes = [self.cluster.processes[name] for name in names]
+        for process in processes:
+            if number in (signal.SIGKILL, signal.SIGTERM):
+                self._expected_ends.add((process.name, process.pid))
+            if number != signal.SIGCONT:
+                self._faulted_s[process.name] = time.monotonic()
+            process.signal(number)
         if number == signal.SIGKILL:
-            await process.wait()
+            for process in processes:
+                await process.wait()
 
     def _note_probe(self, name: str, problem: str) -> None:
         if problem:
