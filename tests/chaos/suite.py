@@ -19,7 +19,7 @@ from chaos.run import Run
 from chaos.scenario import Scenario
 from helpers.tiny_models import make_model_dir
 
-_RUN_TIMEOUT_S = 600.0
+_RUN_TIMEOUT_S = 600.0  # beside the load's own deadline
 
 
 class Suite:
@@ -44,7 +44,7 @@ class Suite:
             name = f"{scenario.name}-{self._num_runs}"
             try:
                 cluster = await self._get_cluster(scenario.options)
-                async with asyncio.timeout(_RUN_TIMEOUT_S):
+                async with asyncio.timeout(_RUN_TIMEOUT_S + scenario.load.deadline_s):
                     result = await Run(cluster, scenario, self.reference, name).execute(steps)
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
