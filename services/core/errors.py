@@ -28,7 +28,8 @@ class ErrorCode(StrEnum):
 class BatonError(Exception):
     """A failure with a code, words for people, and whether another attempt may succeed.
 
-    ``param`` names the request field at fault. ``retry_after_s`` is set where waiting helps.
+    ``param`` names the request field at fault. ``retry_after_s`` is set where waiting helps. ``cause`` is a more exact code
+    where there is one.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class BatonError(Exception):
         param: str | None = None,
         retryable: bool = False,
         retry_after_s: float | None = None,
+        cause: str | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -46,6 +48,7 @@ class BatonError(Exception):
         self.param = param
         self.retryable = retryable
         self.retry_after_s = retry_after_s
+        self.cause = cause
 
 
 class ConfigurationError(BatonError):

@@ -15,6 +15,7 @@ from enum import StrEnum
 from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost, WorkerCost, visible_transfer_s
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.fetch import FetchPlan, FetchPolicy, plan_fetch
+from baton.services.core.links import LinkMatrix, LinkView, PairKey, Standing
 
 
 class Role(StrEnum):
@@ -117,50 +118,70 @@ class RoutingDecision:
 
 
 def route(
-    request: RoutedRequest, workers: Sequence[WorkerView], placement: Placement = Placement.REMOTE
+    request: RoutedRequest,
+    workers: Sequence[WorkerView],
+    placement: Placement = Placement.REMOTE,
+    links: LinkView | None = None,
+    now: float = 0.0,
 ) -> RoutingDecision:
-    """Prices every candidate and picks. Raises BatonError(NO_WORKERS), which is retryable, when none is usable."""
+    """Prices every candidate and picks. Raises BatonError(NO_WORKERS), which is retryable, when none is usable.
+
+    ``links`` are what is known of pairs at ``now``: one whose canary failed is no candidate; one with an open breaker is only
+    taken when there is no other pair, and then the one that failed least lately.
+    """
+    links = links or LinkMatrix()
     usable = [worker for worker in workers if worker.incarnation not in request.excluded]
     decoders = [worker for worker in usable if worker.role is not Role.PREFILL]
     prefillers = [worker for worker in usable if worker.role is Role.PREFILL]
     if not decoders:
         raise BatonError(ErrorCode.NO_WORKERS, _explain_none(workers, request), retryable=True, retry_after_s=1.0)
-    local = [_price_local(request, decoder, usable) for decoder in decoders]
+    local = [_price_local(request, decoder, usable, links) for decoder in decoders]
     remote = [
-        _price_remote(request, prefiller, decoder, usable)
+        _price_remote(request, prefiller, decoder, usable, links)
         for decoder in decoders
         if decoder.role is Role.DECODE
         for prefiller in prefillers
         if prefiller.compatibility == decoder.compatibility
         and (prefiller.incarnation, decoder.incarnation) not in request.excluded_pairs
+        and links.standing(PairKey(prefiller.incarnation, decoder.incarnation), now) is not Standing.FAILED
     ]
     first = {Placement.REMOTE: remote, Placement.LOCAL: local, Placement.AUTO: []}[placement]
-    ranked = sorted(first, key=lambda c: _rank(request, c))
-    ranked += sorted((c for c in remote + local if c not in first), key=lambda c: _rank(request, c))
+    ranked = sorted(first, key=lambda c: _rank(request, c, links, now))
+    ranked += sorted((c for c in remote + local if c not in first), key=lambda c: _rank(request, c, links, now))
     chosen = ranked[0]
     return RoutingDecision(
         chosen, ranked[1] if len(ranked) > 1 else None, _explain(chosen, placement, len(remote), len(local))
     )
 
 
-def _rank(request: RoutedRequest, candidate: Candidate) -> tuple[bool, float, int]:
-    """Preference, price, then a spread that depends on the request: equal workers share equal work without randomness."""
+def _rank(request: RoutedRequest, candidate: Candidate, links: LinkView, now: float) -> tuple[int, bool, float, int]:
+    """Recent failures of a link whose breaker is open, preference, price, then a spread that depends on the request: equal
+    workers share equal work without randomness."""
+    num_failures = 0
+    if candidate.prefill is not None:
+        pair = PairKey(candidate.prefill.incarnation, candidate.decode.incarnation)
+        if links.standing(pair, now) is Standing.OPEN:
+            num_failures = 1 + links.num_failures(pair, now)
     key = "/".join((request.request_id, *(worker.worker_id for worker in candidate.workers)))
     is_strange = not any(worker.incarnation in request.preferred for worker in candidate.workers)
-    return is_strange, round(candidate.price_s, 6), zlib.crc32(key.encode())
+    return num_failures, is_strange, round(candidate.price_s, 6), zlib.crc32(key.encode())
 
 
-def _plan_fetch(request: RoutedRequest, needer: WorkerView, workers: Sequence[WorkerView]) -> FetchPlan | None:
+def _plan_fetch(
+    request: RoutedRequest, needer: WorkerView, workers: Sequence[WorkerView], links: LinkView
+) -> FetchPlan | None:
     """What the worker that prefills should get from another first."""
     if request.fetch is None or not request.cached_blocks:
         return None
-    links = {
-        worker.worker_id: _link(worker, needer) for worker in workers if worker.compatibility == needer.compatibility
+    costs = {
+        worker.worker_id: _link(worker, needer, links)
+        for worker in workers
+        if worker.compatibility == needer.compatibility
     }
     return plan_fetch(
         request.fetch,
         needer.worker_id,
-        links,
+        costs,
         request.cached_blocks,
         num_tokens=request.num_tokens,
         block_size=request.block_size,
@@ -169,9 +190,11 @@ def _plan_fetch(request: RoutedRequest, needer: WorkerView, workers: Sequence[Wo
     )
 
 
-def _price_local(request: RoutedRequest, decoder: WorkerView, workers: Sequence[WorkerView]) -> Candidate:
+def _price_local(
+    request: RoutedRequest, decoder: WorkerView, workers: Sequence[WorkerView], links: LinkView
+) -> Candidate:
     mode = Mode.COLOCATED if decoder.role is Role.COLOCATED else Mode.LOCAL
-    fetch = _plan_fetch(request, decoder, workers)
+    fetch = _plan_fetch(request, decoder, workers, links)
     prefill_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id, fetch))
     return Candidate(
         mode,
@@ -187,9 +210,13 @@ def _price_local(request: RoutedRequest, decoder: WorkerView, workers: Sequence[
 
 
 def _price_remote(
-    request: RoutedRequest, prefiller: WorkerView, decoder: WorkerView, workers: Sequence[WorkerView]
+    request: RoutedRequest,
+    prefiller: WorkerView,
+    decoder: WorkerView,
+    workers: Sequence[WorkerView],
+    links: LinkView,
 ) -> Candidate:
-    fetch = _plan_fetch(request, prefiller, workers)
+    fetch = _plan_fetch(request, prefiller, workers, links)
     num_blocks = -(-request.num_tokens // request.block_size)
     num_sent = max(0, num_blocks - request.cached_blocks.get(decoder.worker_id, 0))
     num_last_chunk = -(-min(request.num_tokens, prefiller.max_num_batched_tokens) // request.block_size)
@@ -200,14 +227,17 @@ def _price_remote(
         queue_s=prefiller.queued_tokens * prefiller.cost.prefill_s_per_token,
         prefill_s=prefiller.cost.prefill_s(request.num_uncached_tokens(prefiller.worker_id, fetch)),
         transfer_s=visible_transfer_s(
-            _link(prefiller, decoder), num_sent * request.block_bytes, num_last_chunk * request.block_bytes
+            _link(prefiller, decoder, links), num_sent * request.block_bytes, num_last_chunk * request.block_bytes
         ),
         decode_wait_s=_seat_wait_s(request, decoder),
         fetch=fetch,
     )
 
 
-def _link(prefiller: WorkerView, decoder: WorkerView) -> LinkCost:
+def _link(prefiller: WorkerView, decoder: WorkerView, links: LinkView) -> LinkCost:
+    measured = links.cost(PairKey(prefiller.incarnation, decoder.incarnation))
+    if measured is not None:
+        return measured
     return SAME_HOST if prefiller.host_id and prefiller.host_id == decoder.host_id else OTHER_HOST
 
 

@@ -16,8 +16,9 @@ from baton.api.prefill.v1 import prefill_pb2
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.fetch import FETCH_FAILED, FetchPlan, FetchPolicy
 from baton.services.core.ladder import Ladder
-from baton.services.core.ladder_steps import Command, Emit, End, LadderLimits, PartOutput, Release, Start, Wish
+from baton.services.core.ladder_steps import Attempt, Command, Emit, End, LadderLimits, PartOutput, Release, Start, Wish
 from baton.services.core.lifecycle import Instant
+from baton.services.core.links import OTHER_TRANSPORT, LinkMatrix, PairKey, blames_link
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.router import Placement, RoutedRequest, RoutingDecision, WorkerView, route
 from baton.services.core.token_order import TokenDelta
@@ -66,8 +67,10 @@ class WorkerDispatcher:
         limits: LadderLimits | None = None,
         fetch: FetchPolicy | None = None,
         on_start: Callable[[], None] = lambda: None,
+        links: LinkMatrix | None = None,
     ) -> None:
         self._on_start = on_start
+        self._links = links or LinkMatrix()
         self._placement = placement
         self._limits = limits or LadderLimits()
         self._fetch = fetch or FetchPolicy()
@@ -154,9 +157,12 @@ class WorkerDispatcher:
         if arrival.failure is not None:
             return self._do(run, ladder.on_lost(arrival.attempt, incarnation, arrival.failure, now_s))
         assert arrival.output is not None
+        output = _part_output(arrival.output)
         if (arrival.attempt, incarnation) in run.links:
             self._note(run, arrival.output)
-        return self._do(run, ladder.on_output(arrival.attempt, incarnation, _part_output(arrival.output), now_s))
+            if (pair := _pair(ladder.attempts[-1])) is not None and blames_link(output.error):
+                self._links.on_failure(pair, now_s)
+        return self._do(run, ladder.on_output(arrival.attempt, incarnation, output, now_s))
 
     async def _until(self, event: Awaitable[T], wake_s: float) -> T | None:
         """What ``event`` brings, or None when it is time first."""
@@ -187,7 +193,7 @@ class WorkerDispatcher:
             preferred=wish.preferred,
             fetch=self._fetch,
         )
-        return route(routed, self._registry.views(), wish.placement)
+        return route(routed, self._registry.views(), wish.placement, self._links, self._clock())
 
     # Commands of the ladder.
 
@@ -201,6 +207,8 @@ class WorkerDispatcher:
                 case Release():
                     link = run.links.pop((command.attempt, command.incarnation))
                     link.release((run.request.request_id, command.attempt), cancel=command.cancel)
+                    if command.cancel and (pair := _pair(run.ladder.attempts[command.attempt - 1])) is not None:
+                        self._links.on_over(pair, self._clock())
                 case Emit(delta):
                     if delta.tokens:
                         run.request.trace.mark(Instant.FIRST_TOKEN, self._clock())
@@ -225,6 +233,8 @@ class WorkerDispatcher:
         run.request.trace.mark(Instant.ROUTED, run.sent_s)
         decode = self._link(run, number, chosen.decode)
         prefill = None if chosen.prefill is None else self._link(run, number, chosen.prefill)
+        if (pair := _pair(command.attempt)) is not None:
+            self._links.on_start(pair, run.sent_s)
         spec = pb.GenerationSpec(
             request_id=request.request_id,
             attempt=number,
@@ -273,12 +283,15 @@ class WorkerDispatcher:
             if run.is_from_start:  # what a later attempt finds is, in part, this request's own
                 record.cached_tokens = output.prefill.cached_tokens
         if output.HasField("transfer"):
-            record.transfer = output.transfer
+            record.transfer = report = output.transfer
             trace.mark(Instant.TRANSFER_END, self._clock())
             if run.is_from_start:  # the decode worker may have had more of the prompt than its prefill worker
                 size = run.block_size
                 num_there = min(output.transfer.num_blocks_skipped, (record.prompt_tokens - 1) // size)
                 record.cached_tokens = max(record.cached_tokens, num_there * size)
+            record.fallbacks.extend(OTHER_TRANSPORT for _ in report.fallbacks)
+            if (pair := _pair(run.ladder.attempts[-1])) is not None:
+                self._links.on_transfer(pair, report.transport, report.num_bytes, report.duration_ms, self._clock())
         if output.HasField("fetch"):
             record.fetch = output.fetch
             if output.fetch.HasField("error"):
@@ -293,6 +306,12 @@ class WorkerDispatcher:
             code=attempt.outcome,
             cause=error.message if error else "",
         )
+
+
+def _pair(attempt: Attempt) -> PairKey | None:
+    """The pair that an attempt's blocks travel between."""
+    chosen = attempt.decision.chosen
+    return None if chosen.prefill is None else PairKey(chosen.prefill.incarnation, chosen.decode.incarnation)
 
 
 def _part_output(output: pb.RequestOutput) -> PartOutput:

@@ -183,6 +183,7 @@ def _render_transfer(report: pb.TransferReport | None) -> dict[str, object] | No
         "bytes": report.num_bytes,
         "gb_per_s": round(report.num_bytes / seconds / 1e9, 3) if seconds > 0 else 0.0,
         "checksum": report.checksum,
+        "fallbacks": list(report.fallbacks),
         "duration_ms": round(report.duration_ms, 3),
         "commit_ms": round(report.commit_ms, 3),
         "reserve_wait_ms": round(report.reserve_wait_ms, 3),

@@ -21,6 +21,7 @@ from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from baton.services.core.errors import ErrorCode
 from baton.services.core.fetch import FetchMode, FetchPolicy
 from baton.services.core.ladder_steps import LadderLimits
+from baton.services.core.links import LinkMatrix
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.router import Placement, Role
 from baton.services.engine.config_file import ConfigFile
@@ -32,6 +33,7 @@ from baton.services.gateway.discovery import Discovery
 from baton.services.gateway.dispatch import WorkerDispatcher
 from baton.services.gateway.grpc_inference import InferenceServicer
 from baton.services.gateway.limits import Limits
+from baton.services.gateway.link_prober import LinkProber, describe_links
 from baton.services.gateway.readiness import Readiness
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
@@ -58,7 +60,8 @@ class GatewayService:
         self._identity = pb.WorkerIdentity(worker_id=f"gateway-{os.getpid()}", incarnation=uuid.uuid4().hex)
         self._prefix_index = PrefixIndex()
         self._health = Health()
-        self._readiness = Readiness(needs_pair=self._needs_pair)
+        self._links = LinkMatrix()
+        self._readiness = Readiness(needs_pair=self._needs_pair, links=self._links)
         self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
 
     async def start(self) -> None:
@@ -87,6 +90,7 @@ class GatewayService:
             limits=LadderLimits(max_wait_s=settings.worker_wait_s),
             fetch=FetchPolicy(FetchMode(settings.fetch)),
             on_start=self._metrics.request_admitted,
+            links=self._links,
         )
         self._deps = GatewayDeps(
             dispatcher=dispatcher,
@@ -94,7 +98,7 @@ class GatewayService:
             model=model,
             ready=self._ready,
             metrics=self._render_metrics,
-            workers=self._registry.describe,
+            workers=lambda: describe_links(self._registry, self._links, time.monotonic()),
             receipt=self._receipts.get,
             authenticator=Authenticator(settings.api_keys()),
             limits=Limits(
@@ -139,6 +143,8 @@ class GatewayService:
         await self._bus.start()
         asking = asyncio.create_task(self._registry.ask_silent(), name="ask-silent")
         stack.callback(asking.cancel)
+        prober = LinkProber(self._registry, self._links, clock=time.monotonic, on_probed=self._on_probed)
+        stack.callback(asyncio.create_task(prober.run(), name="probe-links").cancel)
         for address in settings.worker:
             watch = asyncio.create_task(self._registry.watch_static(address), name=f"static-{address}")
             stack.callback(watch.cancel)
@@ -187,6 +193,9 @@ class GatewayService:
         await self._stack.aclose()
 
     # What the rest of the gateway tells the process.
+
+    def _on_probed(self) -> None:
+        self._readiness.check(self._registry.views())
 
     def _on_heard(self) -> None:
         self._readiness.check(self._registry.views())  # a pair counts as seen even when nobody asks just then

@@ -167,7 +167,11 @@ def logprobs_from_wire(wire: pb.Token) -> TokenLogprobs | None:
 
 def error_to_wire(error: BatonError) -> pb.ErrorDetail:
     return pb.ErrorDetail(
-        code=error.code.value, message=error.message, param=error.param or "", retryable=error.retryable
+        code=error.code.value,
+        message=error.message,
+        param=error.param or "",
+        retryable=error.retryable,
+        cause=error.cause or "",
     )
 
 
@@ -176,4 +180,4 @@ def error_from_wire(wire: pb.ErrorDetail) -> BatonError:
         code = ErrorCode(wire.code)
     except ValueError:  # a newer worker's code
         code = ErrorCode.INTERNAL
-    return BatonError(code, wire.message, param=wire.param or None, retryable=wire.retryable)
+    return BatonError(code, wire.message, param=wire.param or None, retryable=wire.retryable, cause=wire.cause or None)

@@ -9,4 +9,4 @@ from baton.services.core.errors import BatonError, ErrorCode
 def to_baton_error(error: TransferError) -> BatonError:
     """Whatever went wrong with one pair of workers, another attempt elsewhere may succeed: all are retryable."""
     code = ErrorCode.INCOMPATIBLE if error.code is TransferCode.INCOMPATIBLE else ErrorCode.HANDOFF_FAILED
-    return BatonError(code, f"KV handoff failed: {error}", retryable=True)
+    return BatonError(code, f"KV handoff failed: {error}", retryable=True, cause=error.code.value)

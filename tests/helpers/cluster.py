@@ -22,6 +22,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.fetch import FetchPolicy
 from baton.services.core.lifecycle import Instant
+from baton.services.core.links import LinkMatrix
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.request import FinishReason, SampledToken, SamplingParams
 from baton.services.core.router import Placement
@@ -69,6 +70,7 @@ class Cluster:
         self.receipts = ReceiptBook(self.ended.append)
         self.registry = Registry(self.gateway, clock=time.monotonic, on_forget=self.prefix_index.forget)
         self.discovery = Discovery(self.bus, Subjects("test"), self.gateway, self.registry, self.prefix_index)
+        self.links = LinkMatrix()  # nobody probes here unless a test does
         self.dispatcher = WorkerDispatcher(
             self.registry,
             self.prefix_index,
@@ -77,6 +79,7 @@ class Cluster:
             clock=time.monotonic,
             placement=placement,
             fetch=fetch,
+            links=self.links,
         )
 
     def host(self, role: str) -> WorkerHost[Any]:

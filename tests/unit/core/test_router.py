@@ -8,6 +8,7 @@ import pytest
 
 from baton.services.core.cost_model import LinkCost, WorkerCost, visible_transfer_s
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.links import LinkMatrix, PairKey, ProbeResult
 from baton.services.core.router import Mode, Placement, Role, RoutedRequest, WorkerView, route
 
 
@@ -134,3 +135,53 @@ def test_placement_auto_weighs_the_handoff_against_the_streams_it_would_disturb(
     busy = dataclasses.replace(D0, running=8)
     assert route(request(), [P0, busy], Placement.AUTO).chosen.mode is Mode.REMOTE
     assert route(request(cached_blocks={"d0": 40}), [P0, busy], Placement.AUTO).chosen.mode is Mode.LOCAL
+
+
+# What is known of the way between two.
+
+
+def pair(prefill: WorkerView, decode: WorkerView) -> PairKey:
+    return PairKey(prefill.incarnation, decode.incarnation)
+
+
+def test_a_measured_link_is_priced_as_measured() -> None:
+    links = LinkMatrix()
+    slow, fast = ProbeResult("tcp", True, 30.0, 0.01), ProbeResult("shm", True, 0.5, 8.0)
+    links.on_probe(pair(P0, D0), slow, 0.0)
+    links.on_probe(pair(P1, D0), fast, 0.0)
+    decision = route(request(), [P0, P1, D0], links=links)
+    assert decision.chosen.prefill == P1
+    assert decision.chosen.transfer_s == pytest.approx(0.5e-3 + 40 * 65536 / 8e9)
+    assert decision.runner_up is not None
+    assert decision.runner_up.transfer_s == pytest.approx(30e-3 + 40 * 65536 / 0.01e9)
+
+
+def test_a_pair_whose_canary_failed_is_no_candidate() -> None:
+    links = LinkMatrix()
+    links.on_probe(pair(P0, D0), ProbeResult(error="nothing works"), 0.0)
+    assert route(request(), [P0, P1, D0], links=links).chosen.prefill == P1
+    assert route(request(), [P0, D0], links=links).chosen.mode is Mode.LOCAL
+
+
+def test_a_pair_with_an_open_breaker_is_taken_only_where_there_is_no_other() -> None:
+    links = LinkMatrix()
+    busy = dataclasses.replace(P1, queued_tokens=50_000)
+    for _ in range(3):
+        links.on_failure(pair(P0, D0), 0.0)
+    assert route(request(), [P0, busy, D0], links=links, now=1.0).chosen.prefill == busy
+    assert route(request(), [P0, D0], links=links, now=1.0).chosen.prefill == P0  # never refused because of it
+    for _ in range(4):
+        links.on_failure(pair(busy, D0), 1.0)
+    assert route(request(), [P0, busy, D0], links=links, now=1.0).chosen.prefill == P0  # the one that failed least
+
+
+def test_half_open_lets_one_request_through() -> None:
+    links = LinkMatrix()
+    busy = dataclasses.replace(P1, queued_tokens=50_000)
+    for _ in range(3):
+        links.on_failure(pair(P0, D0), 0.0)
+    assert route(request(), [P0, busy, D0], links=links, now=6.0).chosen.prefill == P0
+    links.on_start(pair(P0, D0), 6.0)
+    assert route(request(), [P0, busy, D0], links=links, now=6.0).chosen.prefill == busy
+    links.on_transfer(pair(P0, D0), "shm", 100, 1.0, 7.0)
+    assert route(request(), [P0, busy, D0], links=links, now=7.0).chosen.prefill == P0

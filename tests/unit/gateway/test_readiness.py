@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from baton.services.core.links import LinkMatrix, PairKey, ProbeResult
 from baton.services.core.router import Role, WorkerView
 from baton.services.gateway.readiness import Readiness
 
@@ -47,3 +48,29 @@ def test_without_any_decode_worker_it_is_not_ready_whatever_was_before() -> None
 def test_decode_workers_that_are_meant_to_be_alone_are_enough() -> None:
     assert Readiness(needs_pair=lambda: False).check([DECODE]) == (True, "")
     assert not Readiness(needs_pair=lambda: False).check([PREFILL])[0]
+
+
+def test_a_pair_counts_once_a_canary_has_come_through() -> None:
+    links, pair = LinkMatrix(), PairKey(PREFILL.incarnation, DECODE.incarnation)
+    readiness = Readiness(links=links)
+    assert readiness.check([PREFILL, DECODE]) == (
+        False,
+        "no usable pair: prefill to decode: no canary has come through yet",
+    )
+    links.on_probe(pair, ProbeResult(error="peer_lost: no transport works"), 0.0)
+    assert readiness.check([PREFILL, DECODE]) == (
+        False,
+        "no usable pair: prefill to decode: peer_lost: no transport works",
+    )
+    links.on_probe(pair, ProbeResult("tcp", is_verified=True), 1.0)
+    assert readiness.check([PREFILL, DECODE]) == (True, "")
+    links.on_probe(pair, ProbeResult(error="peer_lost: no transport works"), 2.0)
+    is_ready, reason = readiness.check([PREFILL, DECODE])
+    assert is_ready
+    assert reason.startswith("degraded: no usable pair: prefill to decode: peer_lost")
+
+
+def test_a_pair_that_cannot_be_probed_will_do() -> None:
+    links = LinkMatrix()
+    links.on_probe(PairKey(PREFILL.incarnation, DECODE.incarnation), ProbeResult(), 0.0)
+    assert Readiness(links=links).check([PREFILL, DECODE]) == (True, "")

@@ -1,0 +1,208 @@
+"""What is known of the way from each prefill worker to each decode worker: the link matrix. Pure.
+
+A canary (a block sent ahead of need, verified by the receiver) says whether a pair works, by which transport, and how fast.
+Real transfers then correct the figures and feed a breaker for each transport of the pair. A pair that nobody has measured is
+usable, at the default price; one whose canary failed is not, until a later one comes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from baton.services.core.breaker import Breaker, BreakerLimits
+from baton.services.core.cost_model import LinkCost
+from baton.services.core.errors import BatonError, ErrorCode
+
+_NEWEST_WEIGHT = 0.2  # of a transfer's report in the average: a change shows within about ten transfers
+# Transfers of fewer bytes say little about bandwidth: their time is the calls around them.
+_MIN_MEASURED_BYTES = 256 * 1024
+OTHER_TRANSPORT = "other_transport"
+"""A fallback below the ladder's rungs: the same pair went on by another transport in the middle of a handoff."""
+
+# Causes of a failed handoff that speak against the way. Not among them: no room, a deadline, somebody who gave up.
+_LINK_CAUSES = frozenset({"checksum", "peer_lost", "incomplete", "digest_mismatch", "protocol", "not_granted"})
+# Nothing is quicker or slower than this: a clock's resolution, a measurement on a stopped machine.
+_MIN_BYTES_PER_S, _MAX_BYTES_PER_S = 1e6, 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class PairKey:
+    """Two processes: incarnations of a prefill and a decode worker."""
+
+    prefill: str
+    decode: str
+
+
+class LinkState(StrEnum):
+    """What the last canary said."""
+
+    UNKNOWN = "unknown"  # none has been sent yet
+    VERIFIED = "verified"  # it came through
+    UNVERIFIED = "unverified"  # the two pair, but are of a version that cannot probe
+    FAILED = "failed"  # it did not come through, or the two cannot pair
+
+
+class Standing(StrEnum):
+    """How the router treats a pair."""
+
+    FINE = "fine"
+    OPEN = "open"  # its breaker is open: only where there is no other
+    FAILED = "failed"  # not at all
+
+
+@dataclass(slots=True)
+class Link:
+    """One pair. Times are the caller's clock."""
+
+    state: LinkState = LinkState.UNKNOWN
+    transport: str = ""
+    rtt_ms: float = 0.0
+    gb_per_s: float = 0.0
+    probed_s: float | None = None
+    reason: str = ""  # why it failed
+    failed_transports: tuple[str, ...] = ()  # tried before ``transport``, each with the reason why it does not work
+    num_transfers: int = 0
+    num_failures: int = 0
+    breakers: dict[str, Breaker] = field(default_factory=dict)  # by transport
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """What a probe of a pair brought."""
+
+    transport: str = ""
+    is_verified: bool = False
+    rtt_ms: float = 0.0
+    gb_per_s: float = 0.0
+    failed_transports: tuple[str, ...] = ()
+    error: str | None = None  # no transport works
+
+
+class LinkView(Protocol):
+    """What the router reads."""
+
+    def cost(self, pair: PairKey) -> LinkCost | None:
+        """What transfers cost; None while nobody has measured it."""
+        ...
+
+    def standing(self, pair: PairKey, now: float) -> Standing: ...
+
+    def num_failures(self, pair: PairKey, now: float) -> int:
+        """Lately; among pairs that are all bad, fewer is better."""
+        ...
+
+
+class LinkMatrix:
+    """All pairs. Lives on the gateway's event loop."""
+
+    def __init__(self, limits: BreakerLimits | None = None) -> None:
+        self._limits = limits
+        self._links: dict[PairKey, Link] = {}
+
+    def get(self, pair: PairKey) -> Link:
+        """What is known of a pair, perhaps nothing."""
+        return self._links.get(pair) or Link()
+
+    def pairs(self) -> list[PairKey]:
+        return list(self._links)
+
+    def forget_all_but(self, alive: Iterable[str]) -> None:
+        """Drops pairs with a process that is gone."""
+        known = set(alive)
+        for pair in [pair for pair in self._links if not {pair.prefill, pair.decode} <= known]:
+            del self._links[pair]
+
+    # What is heard.
+
+    def on_probe(self, pair: PairKey, result: ProbeResult, now: float) -> None:
+        """A canary came through, or did not."""
+        link = self._links.setdefault(pair, Link())
+        link.probed_s, link.failed_transports = now, result.failed_transports
+        if result.error is not None:
+            link.state, link.reason = LinkState.FAILED, result.error
+            self._breaker(link).on_failure(now)
+            return
+        if link.transport != result.transport or link.state is LinkState.FAILED:
+            link.rtt_ms = link.gb_per_s = 0.0  # an average with another way's figures would be nobody's
+        link.state = LinkState.VERIFIED if result.is_verified else LinkState.UNVERIFIED
+        link.transport, link.reason = result.transport, ""
+        link.rtt_ms = _blend(link.rtt_ms, result.rtt_ms)
+        if result.gb_per_s > 0:
+            link.gb_per_s = _blend(link.gb_per_s, result.gb_per_s)
+        self._breaker(link).on_success(now)
+
+    def on_start(self, pair: PairKey, now: float) -> None:
+        """A handoff begins."""
+        self._breaker(self._links.setdefault(pair, Link())).on_try(now)
+
+    def on_transfer(self, pair: PairKey, transport: str, num_bytes: int, duration_ms: float, now: float) -> None:
+        """A handoff was acknowledged. ``duration_ms`` is from its grant to its end."""
+        link = self._links.setdefault(pair, Link())
+        if link.transport and transport != link.transport:
+            # By the way, it found out that another one fails.
+            self._breaker(link).on_failure(now)
+            link.gb_per_s = 0.0
+        link.transport = transport or link.transport
+        link.num_transfers += 1
+        self._breaker(link).on_success(now)
+        if num_bytes >= _MIN_MEASURED_BYTES and duration_ms > 0:
+            # Blocks go while later ones are computed, so a duration can only hide bandwidth, never invent it.
+            seen = num_bytes / duration_ms / 1e6
+            if seen > link.gb_per_s:
+                link.gb_per_s = _blend(link.gb_per_s, seen)
+
+    def on_failure(self, pair: PairKey, now: float) -> None:
+        """A handoff failed on its way."""
+        link = self._links.setdefault(pair, Link())
+        link.num_failures += 1
+        self._breaker(link).on_failure(now)
+
+    def on_over(self, pair: PairKey, now: float) -> None:
+        """A handoff ended without saying anything about the way."""
+        link = self._links.get(pair)
+        if link is not None:
+            self._breaker(link).on_over(now)
+
+    # What is asked.
+
+    def cost(self, pair: PairKey) -> LinkCost | None:
+        link = self._links.get(pair)
+        if link is None or link.gb_per_s <= 0:
+            return None
+        bytes_per_s = min(max(link.gb_per_s * 1e9, _MIN_BYTES_PER_S), _MAX_BYTES_PER_S)
+        return LinkCost(fixed_s=link.rtt_ms / 1e3, bytes_per_s=bytes_per_s)
+
+    def standing(self, pair: PairKey, now: float) -> Standing:
+        link = self._links.get(pair)
+        if link is None:
+            return Standing.FINE
+        if link.state is LinkState.FAILED:
+            return Standing.FAILED
+        return Standing.FINE if self._breaker(link).allows(now) else Standing.OPEN
+
+    def num_failures(self, pair: PairKey, now: float) -> int:
+        link = self._links.get(pair)
+        return 0 if link is None else self._breaker(link).num_failures(now)
+
+    def breaker_state(self, pair: PairKey, now: float) -> str:
+        """Of the transport that the pair uses."""
+        link = self._links.get(pair)
+        return "closed" if link is None else self._breaker(link).state(now).value
+
+    def _breaker(self, link: Link) -> Breaker:
+        breaker = link.breakers.get(link.transport)
+        if breaker is None:
+            breaker = link.breakers[link.transport] = Breaker(self._limits)
+        return breaker
+
+
+def blames_link(error: BatonError | None) -> bool:
+    """Whether a worker's failure speaks against the way between the two."""
+    return error is not None and error.code is ErrorCode.HANDOFF_FAILED and error.cause in _LINK_CAUSES
+
+
+def _blend(before: float, now: float) -> float:
+    return now if before == 0.0 else (1 - _NEWEST_WEIGHT) * before + _NEWEST_WEIGHT * now

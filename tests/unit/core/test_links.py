@@ -1,0 +1,120 @@
+"""The link matrix: what canaries, transfers and failures make of a pair."""
+
+from __future__ import annotations
+
+import pytest
+
+from baton.services.core.breaker import BreakerLimits
+from baton.services.core.cost_model import LinkCost
+from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.links import LinkMatrix, LinkState, PairKey, ProbeResult, Standing, blames_link
+
+PAIR, OTHER = PairKey("p0", "d0"), PairKey("p0", "d1")
+GOOD = ProbeResult("shm", True, 2.0, 4.0)
+
+
+def matrix() -> LinkMatrix:
+    return LinkMatrix(BreakerLimits(max_failures=2, open_s=5.0))
+
+
+def test_a_pair_that_nobody_has_measured_is_usable_at_the_default_price() -> None:
+    links = matrix()
+    assert links.standing(PAIR, 0.0) is Standing.FINE
+    assert links.cost(PAIR) is None
+    assert links.get(PAIR).state is LinkState.UNKNOWN
+    links.on_probe(PAIR, ProbeResult("tcp", is_verified=False), 0.0)  # a version without canaries
+    assert links.get(PAIR).state is LinkState.UNVERIFIED
+    assert links.cost(PAIR) is None
+
+
+def test_a_canary_gives_the_price() -> None:
+    links = matrix()
+    links.on_probe(PAIR, GOOD, 7.0)
+    link = links.get(PAIR)
+    assert (link.state, link.transport, link.probed_s) == (LinkState.VERIFIED, "shm", 7.0)
+    assert links.cost(PAIR) == LinkCost(fixed_s=2e-3, bytes_per_s=4e9)
+    assert links.cost(OTHER) is None
+
+
+def test_later_canaries_are_averaged_unless_the_way_has_changed() -> None:
+    links = matrix()
+    links.on_probe(PAIR, GOOD, 0.0)
+    links.on_probe(PAIR, ProbeResult("shm", True, 7.0, 9.0), 1.0)
+    assert (links.get(PAIR).rtt_ms, links.get(PAIR).gb_per_s) == (pytest.approx(3.0), pytest.approx(5.0))
+    failed = ("shm: the canary arrived corrupt",)
+    links.on_probe(PAIR, ProbeResult("tcp", True, 9.0, 1.0, failed), 2.0)
+    link = links.get(PAIR)
+    assert (link.transport, link.rtt_ms, link.gb_per_s, link.failed_transports) == ("tcp", 9.0, 1.0, failed)
+
+
+def test_a_pair_whose_canary_failed_is_out_until_one_comes_through() -> None:
+    links = matrix()
+    links.on_probe(PAIR, GOOD, 0.0)
+    links.on_probe(PAIR, ProbeResult(error="peer_lost: no transport works"), 1.0)
+    assert links.standing(PAIR, 1.0) is Standing.FAILED
+    assert links.get(PAIR).reason == "peer_lost: no transport works"
+    links.on_probe(PAIR, GOOD, 2.0)
+    assert links.standing(PAIR, 2.0) is Standing.FINE
+    assert links.get(PAIR).reason == ""
+
+
+def test_transfers_that_were_faster_correct_the_bandwidth() -> None:
+    links = matrix()
+    links.on_probe(PAIR, GOOD, 0.0)
+    links.on_transfer(PAIR, "shm", 9_000_000, 1.0, 1.0)  # 9 GB/s
+    assert links.get(PAIR).gb_per_s == pytest.approx(5.0)
+    links.on_transfer(PAIR, "shm", 9_000_000, 1e3, 2.0)  # computing took that long, not the transfer
+    links.on_transfer(PAIR, "shm", 1000, 1e-6, 3.0)  # too few bytes to say anything
+    assert links.get(PAIR).gb_per_s == pytest.approx(5.0)
+    assert links.get(PAIR).num_transfers == 3
+
+
+def test_a_transfer_that_found_another_way_counts_against_the_first() -> None:
+    links = matrix()
+    links.on_probe(PAIR, GOOD, 0.0)
+    links.on_transfer(PAIR, "tcp", 9_000_000, 9.0, 1.0)
+    link = links.get(PAIR)
+    assert (link.transport, link.gb_per_s) == ("tcp", pytest.approx(1.0))
+    assert link.breakers["shm"].num_failures(1.0) == 1
+    assert link.breakers["tcp"].num_failures(1.0) == 0
+
+
+def test_failures_open_the_breaker_of_the_pair_and_its_transport_only() -> None:
+    links = matrix()
+    links.on_probe(PAIR, GOOD, 0.0)
+    links.on_failure(PAIR, 1.0)
+    assert links.standing(PAIR, 1.0) is Standing.FINE
+    links.on_failure(PAIR, 2.0)
+    assert (links.standing(PAIR, 2.0), links.breaker_state(PAIR, 2.0)) == (Standing.OPEN, "open")
+    assert links.standing(OTHER, 2.0) is Standing.FINE
+    assert links.breaker_state(PAIR, 7.0) == "half_open"
+    links.on_start(PAIR, 7.0)
+    assert links.standing(PAIR, 7.0) is Standing.OPEN  # one is on its way
+    links.on_over(PAIR, 7.5)
+    assert links.standing(PAIR, 7.5) is Standing.FINE
+    links.on_probe(PAIR, ProbeResult("tcp", True, 1.0, 1.0), 8.0)  # by another way it begins afresh
+    assert links.standing(PAIR, 8.0) is Standing.FINE
+
+
+def test_pairs_of_processes_that_are_gone_are_forgotten() -> None:
+    links = matrix()
+    links.on_probe(PAIR, GOOD, 0.0)
+    links.on_probe(OTHER, GOOD, 0.0)
+    links.forget_all_but(["p0", "d1"])
+    assert links.pairs() == [OTHER]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (BatonError(ErrorCode.HANDOFF_FAILED, "x", cause="checksum"), True),
+        (BatonError(ErrorCode.HANDOFF_FAILED, "x", cause="peer_lost"), True),
+        (BatonError(ErrorCode.HANDOFF_FAILED, "x", cause="no_capacity"), False),
+        (BatonError(ErrorCode.HANDOFF_FAILED, "x", cause="aborted"), False),
+        (BatonError(ErrorCode.HANDOFF_FAILED, "x"), False),
+        (BatonError(ErrorCode.WORKER_LOST, "x", cause="checksum"), False),
+        (None, False),
+    ],
+)
+def test_only_what_went_wrong_on_the_way_blames_it(error: BatonError | None, expected: bool) -> None:
+    assert blames_link(error) is expected
