@@ -107,7 +107,7 @@ class _Future(asyncio.Future[Any]):
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Runs callbacks in one fixed order. ``run_in_executor`` runs at once: what threads do is atomic here."""
+    """Runs callbacks in one fixed order. What a thread does happens at one moment, some time later, in order."""
 
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
@@ -121,6 +121,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.num_callbacks = 0
         self.failures: list[str] = []
         self.ignores_owners = False  # at the end everything may clean up
+        self.thread_delay_s: Callable[[], float] = lambda: 0.0
+        self._thread_s: dict[Executor, float] = {}  # when each executor's last work is done
         self.set_task_factory(lambda loop, coro, **options: _Task(coro, loop=loop, **options))
         self.set_exception_handler(self._note_failure)
 
@@ -142,10 +144,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def run_in_executor(self, executor: Executor | None, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         future = self.create_future()
-        try:
-            future.set_result(func(*args))
-        except Exception as error:
-            future.set_exception(error)
+        if executor is None:
+            _do(future, func, args)
+            return future
+        when = max(self._thread_s.get(executor, 0.0), self._now) + self.thread_delay_s()
+        self._thread_s[executor] = when
+        self.call_at(when, _do, future, func, args)
         return future
 
     # What sockets are watched with; see ``sockets``.
@@ -214,6 +218,18 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _write_to_self(self) -> None:
         """Nobody waits."""
+
+
+def _do(future: asyncio.Future[Any], func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Work that has begun is done although nobody waits for it any more."""
+    try:
+        result = func(*args)
+    except Exception as error:
+        if not future.done():
+            future.set_exception(error)
+    else:
+        if not future.done():
+            future.set_result(result)
 
 
 class Watched:

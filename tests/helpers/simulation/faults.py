@@ -23,7 +23,7 @@ class Injector:
         self._world = world
         self.counts: Counter[str] = Counter()
         self._undo: dict[int, tuple[str, object]] = {}
-        self._blocked: list[list[tuple[str, str]]] = []
+        self._is_over = False  # whatever was planned for later does not happen
 
     def plan(self, start_s: float) -> None:
         loop = self._world.loop
@@ -45,6 +45,8 @@ class Injector:
 
     def _inject(self, fault: Fault) -> None:
         world = self._world
+        if self._is_over:
+            return
         world.trace.note("fault", f"{fault.kind} {fault.target} {fault.other} {fault.lasts_s} x{fault.count}")
         self.counts[fault.kind] += 1
         getattr(self, f"_do_{fault.kind}")(fault, None if fault.kind == "gateway" else world.worker(fault.target))
@@ -62,7 +64,7 @@ class Injector:
             return
         undo, target = entry
         world, network = self._world, self._world.network
-        world.trace.note("fault", f"over: {undo} {target}")
+        world.trace.note("fault", f"over: {undo} {target if isinstance(target, (str, list)) else ''}")
         match undo:
             case "down":
                 network.power_on(str(target))
@@ -87,13 +89,11 @@ class Injector:
                 network.slowness.clear()
 
     async def heal(self) -> None:
-        """Undoes everything that still is; machines that are down for good stay down."""
-        for fault in self._world.scenario.faults:
-            fault.count = 0
+        """Undoes everything that still is."""
+        self._is_over = True
         self._world.sockets.damage.clear()
         for key in list(self._undo):
-            if self._undo[key][0] != "down" or self._undo[key][1] == "gateway":
-                self._undo_one(key)
+            self._undo_one(key)
         for worker in self._world.workers:
             if worker.is_alive and worker.host is not None and worker.engine.hangs:
                 worker.engine.hangs = False
@@ -160,7 +160,7 @@ class Injector:
 
     def _do_slow(self, fault: Fault, worker: SimWorker) -> None:
         if worker.is_alive and worker.host is not None:
-            worker.engine.slowness = 20.0
+            worker.engine.slowness = 20.0 * fault.count
             self._later(fault, "slow", worker.engine)
 
     def _do_slow_link(self, fault: Fault, worker: SimWorker) -> None:

@@ -27,7 +27,7 @@ EOS = 0
 BLOCK_SIZE = 4
 TAG_BYTES = 16
 BLOCK_BYTES = BLOCK_SIZE * TAG_BYTES
-MAX_MODEL_LEN = 96
+MAX_MODEL_LEN = 80
 
 # One layer, one head, two float32 a token for K and V: 16 bytes.
 CONFIG = ModelConfig("sim", 1, 2, 1, 1, 2, 2, VOCABULARY, MAX_MODEL_LEN, 1e-5, "silu", True, (None,), (1.0,))

@@ -60,6 +60,8 @@ class Scenario:
     placement: Placement
     socket_bytes: int
     bytes_per_s: float
+    thread_s: float = 0.0  # longest time until a copying thread gets to something; 0: everything is done at once
+    probes: list[Ask] = field(default_factory=list)  # after the faults
     has_spare: bool = False  # one fault, one spare of each kind: nobody may fail
     extra_s: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -78,12 +80,13 @@ def draw_scenario(seed: int, *, num_faults: int | None = None, kinds: tuple[str,
         "max_num_batched_tokens": rng.choice([8, 16, 48]),
         "prefix_caching": rng.random() < 0.85,
         "drain_timeout_s": rng.choice([1.0, 10.0, 30.0]),
+        "transport": rng.choice(["tcp", "auto"]),  # bytes inline, or by reference
     }
     workers = [
         WorkerSpec(
             role,
             index,
-            rng.randint(MAX_MODEL_LEN // BLOCK_SIZE, 26) if is_tiny else rng.randint(40, 120),
+            rng.randint(MAX_MODEL_LEN // BLOCK_SIZE, 24) if is_tiny else rng.randint(40, 120),
             step_s * rng.choice([1.0, 1.0, 1.5]),
             rng.choice([1e-5, 2e-4]),
             dict(settings),
@@ -96,7 +99,7 @@ def draw_scenario(seed: int, *, num_faults: int | None = None, kinds: tuple[str,
     elif num_faults is not None:
         count = num_faults
     else:
-        count = rng.choice([0, 1, 1, 2, 2, 3, 4])
+        count = rng.choice([0, 1, 1, 2, 2, 3, 4, 8])
     if num_faults == 0:
         count = 0
     asks = _draw_asks(rng, seed, timeout_s=240.0 if has_spare else rng.choice([8.0, 30.0, 60.0, 120.0]))
@@ -111,22 +114,24 @@ def draw_scenario(seed: int, *, num_faults: int | None = None, kinds: tuple[str,
         workers,
         asks,
         faults,
-        rng.choice([Placement.REMOTE, Placement.REMOTE, Placement.REMOTE, Placement.AUTO, Placement.LOCAL]),
+        rng.choice([Placement.REMOTE] * 6 + [Placement.AUTO, Placement.LOCAL]),
         socket_bytes=rng.choice([200, 1000, 1 << 16]),
         bytes_per_s=rng.choice([2e4, 1e6, 1e9]),
+        thread_s=rng.choice([0.0, 0.001, 0.05]),
+        probes=_draw_asks(rng, seed, timeout_s=60.0, name="probe")[:3],
         has_spare=has_spare,
     )
 
 
-def _draw_asks(rng: random.Random, seed: int, *, timeout_s: float) -> list[Ask]:
+def _draw_asks(rng: random.Random, seed: int, *, timeout_s: float, name: str = "r") -> list[Ask]:
     num_asks = rng.randint(4, 18)
     span_s = rng.choice([0.02, 0.3, 1.0])
     shared = [rng.randrange(1, VOCABULARY) for _ in range(40)]
     asks = []
     for number in range(num_asks):
         prefix = shared[: rng.choice([0, 0, 4, 8, 16, 30])]
-        prompt = prefix + [rng.randrange(1, VOCABULARY) for _ in range(rng.choice([1, 3, 8, 20]))]
-        max_tokens = rng.choice([1, 2, 6, 12, 30])
+        prompt = prefix + [rng.randrange(1, VOCABULARY) for _ in range(rng.choice([1, 3, 8, 16]))]
+        max_tokens = rng.choice([1, 2, 8, 20, 30])
         sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=rng.choice([0.0, 1.0]),
@@ -138,14 +143,14 @@ def _draw_asks(rng: random.Random, seed: int, *, timeout_s: float) -> list[Ask]:
         )
         asks.append(
             Ask(
-                f"s{seed}-r{number}",
+                f"s{seed}-{name}{number}",
                 rng.uniform(0.0, span_s),
                 prompt,
                 sampling,
                 rng.choice(["", "", "tenant-a", "tenant-b"]),
                 timeout_s,
-                leaves_after_s=rng.expovariate(4.0) if rng.random() < 0.15 else None,
-                stops_after=rng.randint(1, 8) if rng.random() < 0.1 else None,
+                leaves_after_s=rng.expovariate(4.0) if rng.random() < 0.15 and name == "r" else None,
+                stops_after=rng.randint(1, 8) if rng.random() < 0.1 and name == "r" else None,
             )
         )
     return asks
@@ -158,6 +163,8 @@ def _draw_fault(rng: random.Random, kind: str, names: list[str], at_s: float) ->
     if kind in ("flip", "cut", "double", "block_data"):
         other = rng.choice(others[1:]) if len(others) > 1 else "gateway"
     lasts_s: float | None = rng.choice([0.05, 0.5, 3.0, 12.0, 40.0])
+    if kind == "gateway":
+        lasts_s = rng.choice([0.05, 0.5, 2.0])
     if kind in ("crash", "power", "drain") and rng.random() < 0.3:
         lasts_s = None
     return Fault(kind, at_s, target, other, lasts_s, count=rng.choice([1, 1, 2, 5]))

@@ -137,7 +137,6 @@ class SimWorker:
             cluster=CLUSTER,
             nats_url="none",
             host=ip,
-            transport="tcp",
             block_size=BLOCK_SIZE,
             kv_cache_memory=ByteSize(num_blocks * BLOCK_BYTES),
             **settings,

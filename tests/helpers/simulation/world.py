@@ -24,11 +24,13 @@ from helpers.simulation.sockets import SimSockets
 from helpers.simulation.trace import Trace
 from helpers.simulation.worker import SimWorker
 
+from baton.kvtransfer.transport import outlet, shm
 from baton.services.runtime import grpc as runtime_grpc
 
 # After the load: a lease, and what it takes to notice that it has run out.
 QUIET_S = 45.0
 START_S = 15.0
+RECOVERY_S = 30.0
 
 
 @dataclass
@@ -59,6 +61,7 @@ class World:
         options = dict(runtime_grpc._CLIENT_OPTIONS)
         time_s, timeout_s = (options[f"grpc.{name}"] / 1e3 for name in ("keepalive_time_ms", "keepalive_timeout_ms"))
         self.network = Network(loop, self.rng, trace, (timeout_s, time_s + timeout_s))
+        loop.thread_delay_s = lambda: self.rng.random() * scenario.thread_s
         self.bus = BusServer(self.network)
         self.sockets = SimSockets(self.network, scenario.socket_bytes, scenario.bytes_per_s)
         self.gateway = SimGateway(self.network, self.bus, scenario.placement)
@@ -104,6 +107,28 @@ class World:
         await self.injector.heal()
         if not await self._until(lambda: not check_quiet(self), QUIET_S):
             self.problems += check_quiet(self)
+            return
+        await self._probe()
+
+    async def _probe(self) -> None:
+        """I7: once all faults are over everything is there again, and serves."""
+        is_whole = await self._until(lambda: self._num_views() == len(self.workers), RECOVERY_S)
+        if not is_whole:
+            views = sorted(view.worker_id for view in self.gateway.registry.views())
+            self.problems.append(f"I7 {RECOVERY_S:g} s after the last fault the gateway sees {views} alone")
+            return
+        self.trace.note("world", "probes")
+        probes = [Client(ask, self.gateway, self.trace) for ask in self.scenario.probes]
+        for client in probes:
+            client.got.ask.at_s = self.loop.time()
+        gots = await asyncio.gather(*(client.run() for client in probes))
+        self.clients += probes
+        for got in gots:
+            self.problems += got.check_tokens()
+            if got.end not in ("stop", "length"):
+                self.problems.append(f"I7 {got.ask.name}: after the faults: {got.end} {got.code} {got.message}")
+        if not await self._until(lambda: not check_quiet(self), QUIET_S):
+            self.problems += check_quiet(self)
 
     def _num_views(self) -> int:
         return len(self.gateway.registry.views()) if hasattr(self.gateway, "registry") else 0
@@ -124,6 +149,8 @@ class World:
             elif got.ended_s - got.started_s > ask.timeout_s + GRACE_S:
                 self.problems.append(f"I1 {ask.name}: ended {got.ended_s - got.started_s:.1f} s after its start")
             self.problems += got.check_tokens()
+            if got.code == "internal_error" and not self.injector.counts["raise"]:
+                self.problems.append(f"I8 {ask.name}: {got.code} without a cause: {got.message}")
             if self.scenario.has_spare and got.has_failed:
                 self.problems.append(f"I7 {ask.name}: failed although there was a spare: {got.code} {got.message}")
 
@@ -135,7 +162,7 @@ class World:
 def run_seed(seed: int, *, keep_trace: bool = False, make: Callable[[int], Scenario] = draw_scenario) -> Outcome:
     """Runs one seed. The same seed gives the same run, event by event."""
     scenario = make(seed)
-    with _no_garbage_collection():
+    with _no_garbage_collection(), _threads_for_all(scenario):
         loop = VirtualLoop()
         trace = Trace(loop.time, keep=keep_trace)
         with _logs_to(trace):
@@ -196,6 +223,18 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _threads_for_all(scenario: Scenario) -> Iterator[None]:
+    """The blocks here are tiny. In some runs they go over threads nevertheless, as large ones do."""
+    before = outlet._INLINE_BYTES, shm._INLINE_BYTES
+    if scenario.thread_s:
+        outlet._INLINE_BYTES = shm._INLINE_BYTES = 0
+    try:
+        yield
+    finally:
+        outlet._INLINE_BYTES, shm._INLINE_BYTES = before
 
 
 def _close(loop: VirtualLoop) -> None:
