@@ -7,6 +7,7 @@ python -m helpers.simulation --seed 17 --trace
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -40,6 +41,8 @@ def _run_many(seeds: Iterable[int], num_workers: int) -> int:
     totals: dict[str, Counter[str]] = {"ends": Counter(), "codes": Counter(), "faults": Counter()}
     failed: list[int] = []
     num_seeds = num_tokens = 0
+    gc.collect()
+    gc.freeze()  # what is imported stays: no collection in the workers needs to look at it
     with multiprocessing.get_context("fork").Pool(num_workers) as pool:
         for outcome in pool.imap_unordered(_run_quietly, seeds, chunksize=4):
             num_seeds += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -77,7 +78,7 @@ class SimBus:
 
     def __init__(self, server: BusServer) -> None:
         self.process = current_process()
-        self.subscriptions: list[tuple[list[str], Handler]] = []
+        self.subscriptions: list[tuple[str, Handler]] = []
         self.last_s = 0.0
         self._server = server
         self._callbacks: list[Callable[[], None]] = []
@@ -99,7 +100,7 @@ class SimBus:
         self._server.forward(self.process, subject, payload)
 
     def subscribe(self, subject: str, handler: Handler) -> None:
-        self.subscriptions.append((subject.split("."), handler))
+        self.subscriptions.append((subject, handler))
 
     def on_connect(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
@@ -145,6 +146,7 @@ class SimBus:
             callback()
 
 
-def _matches(pattern: list[str], subject: str) -> bool:
-    tokens = subject.split(".")
-    return len(pattern) == len(tokens) and all(p in ("*", t) for p, t in zip(pattern, tokens, strict=True))
+@functools.cache
+def _matches(pattern: str, subject: str) -> bool:
+    wanted, tokens = pattern.split("."), subject.split(".")
+    return len(wanted) == len(tokens) and all(p in ("*", t) for p, t in zip(wanted, tokens, strict=True))

@@ -110,13 +110,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """Runs callbacks in one fixed order. What a thread does happens at one moment, some time later, in order."""
 
     _ready: deque[asyncio.Handle]
-    _scheduled: list[asyncio.TimerHandle]
-    _timer_cancelled_count: int
 
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
         self._numbers = 0
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._num_timers = 0
         self._watched: dict[int, Watched] = {}
         self.num_callbacks = 0
         self.failures: list[str] = []
@@ -174,17 +174,32 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # The loop itself.
 
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._num_timers += 1
+        heapq.heappush(self._timers, (when, self._num_timers, timer))
+        return timer
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """It is dropped when its time comes."""
+
     def _run_once(self) -> None:
-        ready, scheduled = self._ready, self._scheduled
-        self._drop_cancelled()
+        ready, timers = self._ready, self._timers
+        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+            heapq.heappop(timers)
         if not ready:
-            if not scheduled:
+            if not timers:
                 raise Stuck("nothing is left that could happen")
-            self._now = max(self._now, scheduled[0]._when)  # type: ignore[attr-defined]
-        while scheduled and scheduled[0]._when <= self._now:  # type: ignore[attr-defined]
-            timer = heapq.heappop(scheduled)
-            timer._scheduled = False  # type: ignore[attr-defined]
-            ready.append(timer)
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            ready.append(heapq.heappop(timers)[2])
         count = len(ready)
         self.num_callbacks += count
         if self.num_callbacks > MAX_CALLBACKS:
@@ -198,19 +213,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 handle._run()  # type: ignore[attr-defined]
             elif owner.state is State.PAUSED:
                 owner.held.append(handle)
-
-    def _drop_cancelled(self) -> None:
-        scheduled = self._scheduled
-        while scheduled and scheduled[0]._cancelled:  # type: ignore[attr-defined]
-            self._timer_cancelled_count -= 1
-            heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]
-        if self._timer_cancelled_count > 500 and self._timer_cancelled_count > len(scheduled) // 2:
-            kept = [timer for timer in scheduled if not timer._cancelled]  # type: ignore[attr-defined]
-            for timer in scheduled:
-                timer._scheduled = not timer._cancelled  # type: ignore[attr-defined]
-            scheduled[:] = kept
-            heapq.heapify(scheduled)
-            self._timer_cancelled_count = 0
 
     def _note_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")

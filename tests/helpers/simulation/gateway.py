@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 from helpers.simulation.bus import BusServer, SimBus
 from helpers.simulation.clock import Process
@@ -20,6 +21,11 @@ from baton.services.gateway.registry import Registry
 from baton.services.runtime.block_key import read_block_key
 from baton.services.runtime.settings import BusSettings
 from baton.services.runtime.subjects import Subjects
+
+
+@functools.cache
+def _block_key() -> bytes:
+    return read_block_key(BusSettings(cluster=CLUSTER, nats_url="none"))
 
 
 class SimGateway:
@@ -63,7 +69,7 @@ class SimGateway:
         self.dispatcher = WorkerDispatcher(
             self.registry,
             self.prefix_index,
-            read_block_key(BusSettings(cluster=CLUSTER, nats_url="none")),
+            _block_key(),
             self.receipts,
             clock=loop.time,
             placement=self._placement,

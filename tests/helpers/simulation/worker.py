@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,12 @@ class _SimDecodeHost(_Machine, DecodeHost):
     pass
 
 
+@functools.cache
+def _base_settings(role: str) -> WorkerSettings:
+    """Reading settings takes longer than many a run."""
+    return WorkerSettings(role=role, cluster=CLUSTER, nats_url="none", block_size=BLOCK_SIZE)  # type: ignore[arg-type]
+
+
 class SimWorker:
     """One machine with one worker on it, over all of its starts."""
 
@@ -131,16 +138,9 @@ class SimWorker:
         self._sockets = sockets
         self._cost = (step_s, token_s)
         self._stop_signal: asyncio.Event | None = None
-        self._settings = WorkerSettings(
-            role=role,  # type: ignore[arg-type]
-            worker_id=self.name,
-            cluster=CLUSTER,
-            nats_url="none",
-            host=ip,
-            block_size=BLOCK_SIZE,
-            kv_cache_memory=ByteSize(num_blocks * BLOCK_BYTES),
-            **settings,
-        )
+        kv_cache_memory = ByteSize(num_blocks * BLOCK_BYTES)
+        own = {"worker_id": self.name, "host": ip, "kv_cache_memory": kv_cache_memory, **settings}
+        self._settings = _base_settings(role).model_copy(update=own)
 
     @property
     def is_alive(self) -> bool:
