@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from helpers.simulation.clock import Process
 from helpers.simulation.scenario import Fault
 from helpers.simulation.worker import SimWorker
 
@@ -22,14 +24,30 @@ class Injector:
     def __init__(self, world: World) -> None:
         self._world = world
         self.counts: Counter[str] = Counter()
+        self._awaited: list[Fault] = []
         self._undo: dict[int, tuple[str, object]] = {}
         self._is_over = False  # whatever was planned for later does not happen
 
     def plan(self, start_s: float) -> None:
         loop = self._world.loop
         for fault in self._world.scenario.faults:
-            loop.call_at(start_s + fault.at_s, self._inject, fault)
+            if fault.on:
+                self._awaited.append(fault)
+            else:
+                loop.call_at(start_s + fault.at_s, self._inject, fault)
+        if self._awaited:
+            self._world.network.on_message = self._on_message
         loop.call_later(RESTART_S, self._supervise)
+
+    def _on_message(self, name: str, source: Process, target: Process) -> None:
+        for fault in [fault for fault in self._awaited if fault.on == name]:
+            fault.nth -= 1
+            if fault.nth > 0:
+                continue
+            self._awaited.remove(fault)
+            ends = (source.host, target.host) if fault.hits_source else (target.host, source.host)
+            fault.target, fault.other = ends if ends[0] != "gateway" else (ends[1], ends[0])
+            self._world.loop.call_later(fault.later_s, self._inject, fault, context=contextvars.Context())
 
     def _supervise(self) -> None:
         """Starts again what ended although nobody asked for it, as the supervisor of an installation does."""

@@ -53,6 +53,8 @@ class Network:
         self._next_port = 40_000
         self._numbers = 1000
         self.is_over = False
+        # Hears of every message as it leaves: its name ("Reserve>" asks, "Reserve<" answers), and whose it is.
+        self.on_message: Callable[[str, Process, Process], None] = lambda name, source, target: None
 
     def take_number(self) -> int:
         """A descriptor."""

@@ -25,6 +25,7 @@ class _Call:
         loop = asyncio.get_running_loop()
         self._channel = channel
         self._path = path
+        self._name = path.rpartition("/")[2]
         self._serialize, self._deserialize = serialize, deserialize
         self._connection: Connection | None = None
         self._up: Any = None
@@ -42,11 +43,14 @@ class _Call:
         server: SimServer = connection.acceptor  # type: ignore[attr-defined]
         self._remote = ServerCall(server, self._path, connection, down, self)
         self._up.send(self._remote.begin)
-        connection.network.trace.note(client, f"-> {connection.server} {self._path.rpartition('.')[2]}")
+        connection.network.trace.note(client, f"-> {connection.server} {self._name}")
 
     def send(self, message: Any) -> None:
         assert self._remote is not None
+        assert self._connection is not None
         self._up.send(self._remote.on_message, self._serialize(message))
+        connection = self._connection
+        connection.network.on_message(f"{self._name}>", connection.client, connection.server)
 
     def half_close(self) -> None:
         assert self._remote is not None

@@ -106,6 +106,9 @@ class ServerCall:
         if not self._has_ended:
             self._say_metadata()
             self.down.send(self._remote.on_message, data)
+            connection = self._connection
+            name = self._path.rpartition("/")[2]
+            connection.network.on_message(f"{name}<", connection.server, connection.client)
 
     def _say_metadata(self) -> None:
         if not self._has_metadata:

@@ -21,6 +21,14 @@ SURVIVABLE = (
 OTHERS = ("gateway",)
 
 
+# Those that can fall on the moment of a message, and the messages.
+MOMENTARY = ("crash", "power", "pause", "block", "reset", "drain", "hang", "raise")
+MOMENTS = (
+    "Handshake>", "Handshake<", "Reserve>", "Reserve<", "Commit>", "Commit<", "Abort>", "Abort<", "Heartbeat>", "Fetch>",
+    "Open>", "Open<", "Open<", "Open<", "data", "data",
+)  # fmt: skip
+
+
 @dataclass
 class WorkerSpec:
     """One worker machine."""
@@ -39,7 +47,10 @@ class WorkerSpec:
 
 @dataclass
 class Fault:
-    """One fault. ``target`` and ``other`` are machines; ``lasts_s`` None: for good."""
+    """One fault. ``target`` and ``other`` are machines; ``lasts_s`` None: for good.
+
+    With ``on`` it happens with the ``nth`` message of that name instead of at a time, to whoever sends or receives it.
+    """
 
     kind: str
     at_s: float  # after the load began
@@ -47,6 +58,10 @@ class Fault:
     other: str = ""
     lasts_s: float | None = None
     count: int = 1
+    on: str = ""
+    nth: int = 1
+    hits_source: bool = False
+    later_s: float = 0.0
 
 
 @dataclass
@@ -167,4 +182,9 @@ def _draw_fault(rng: random.Random, kind: str, names: list[str], at_s: float) ->
         lasts_s = rng.choice([0.05, 0.5, 2.0])
     if kind in ("crash", "power", "drain") and rng.random() < 0.3:
         lasts_s = None
-    return Fault(kind, at_s, target, other, lasts_s, count=rng.choice([1, 1, 2, 5]))
+    fault = Fault(kind, at_s, target, other, lasts_s, count=rng.choice([1, 1, 2, 5]))
+    if kind in MOMENTARY and rng.random() < 0.6:
+        fault.on, fault.nth = rng.choice(MOMENTS), rng.choice([1, 1, 2, 3, 5, 8, 20])
+        fault.hits_source = rng.random() < 0.5
+        fault.later_s = rng.choice([0.0, 0.0, 1e-4, 2e-3])
+    return fault

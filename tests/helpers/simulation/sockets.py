@@ -222,6 +222,7 @@ class SimSocket(_Descriptor):
         self._num_under_way += len(data)
         way = (self.process.host, self._other.host)
         harmed, is_last = self.sockets.harm(way, data)
+        self.sockets.network.on_message("data", self.process, self._other)
         if self._peer is None:
             self._early.append((harmed, is_last))
         else:

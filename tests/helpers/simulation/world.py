@@ -32,6 +32,15 @@ QUIET_S = 45.0
 START_S = 15.0
 RECOVERY_S = 30.0
 
+# How a client's end is counted. One who leaves may do so a moment after the last token.
+OUTCOMES = {
+    "stop": {"stop"},
+    "length": {"length"},
+    "stopped": {"stop"},
+    "error": {"error", "refused"},
+    "left": {"abort", "stop", "length", "error"},
+}
+
 
 @dataclass
 class Outcome:
@@ -153,6 +162,21 @@ class World:
                 self.problems.append(f"I8 {ask.name}: {got.code} without a cause: {got.message}")
             if self.scenario.has_spare and got.has_failed:
                 self.problems.append(f"I7 {ask.name}: failed although there was a spare: {got.code} {got.message}")
+
+        self._check_receipts()
+
+    def _check_receipts(self) -> None:
+        """I8: what the gateway has counted is what the clients saw, once each."""
+        outcomes: dict[str, list[str | None]] = {}
+        for record in self.gateway.ended:
+            outcomes.setdefault(record.request_id, []).append(record.outcome)
+            if not self.scenario.faults and len(record.attempts) > 1:
+                self.problems.append(f"I7 {record.request_id}: took {record.fallbacks} although nothing failed")
+        for got in self.gots:
+            expected = OUTCOMES.get(got.end or "")
+            counted = outcomes.get(f"{got.ask.name}.0", [])
+            if expected is not None and (len(counted) != 1 or counted[0] not in expected):
+                self.problems.append(f"I8 {got.ask.name}: the client saw {got.end}, the receipts say {counted}")
 
     @property
     def gots(self) -> list[Got]:
