@@ -183,7 +183,8 @@ class FrameStream:
                 try:
                     frame.advance(self._sock.sendmsg(list(islice(frame.views, _MAX_BUFFERS))))
                 except (BlockingIOError, InterruptedError):
-                    if not self._wait_for_room():
+                    # Only a thread may wait: on the event loop everybody would wait with it.
+                    if not self._is_held or not self._wait_for_room():
                         return
 
     def _wait_for_room(self) -> bool:

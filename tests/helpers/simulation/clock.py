@@ -17,8 +17,8 @@ from enum import Enum
 from typing import Any
 
 _OWNER: contextvars.ContextVar[Process] = contextvars.ContextVar("process")
-# A run of some seconds' load takes a few hundred thousand; more means that something goes round and round.
-MAX_CALLBACKS = 4_000_000
+# A run takes some thousands; more means that something goes round and round.
+MAX_CALLBACKS = 300_000
 
 
 class Stuck(Exception):

@@ -24,8 +24,8 @@ from baton.services.runtime.subjects import Subjects
 
 
 @functools.cache
-def _block_key() -> bytes:
-    return read_block_key(BusSettings(cluster=CLUSTER, nats_url="none"))
+def _settings() -> BusSettings:
+    return BusSettings(cluster=CLUSTER, nats_url="none")
 
 
 class SimGateway:
@@ -69,7 +69,7 @@ class SimGateway:
         self.dispatcher = WorkerDispatcher(
             self.registry,
             self.prefix_index,
-            _block_key(),
+            read_block_key(_settings()),
             self.receipts,
             clock=loop.time,
             placement=self._placement,

@@ -24,7 +24,7 @@ from helpers.simulation.sockets import SimSockets
 from helpers.simulation.trace import Trace
 from helpers.simulation.worker import SimWorker
 
-from baton.kvtransfer.transport import outlet, shm
+from baton.kvtransfer.transport import outlet, shm, stream
 from baton.services.runtime import grpc as runtime_grpc
 
 # After the load: a lease, and what it takes to notice that it has run out.
@@ -251,14 +251,20 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _threads_for_all(scenario: Scenario) -> Iterator[None]:
-    """The blocks here are tiny. In some runs they go over threads nevertheless, as large ones do."""
+    """The blocks here are tiny. In some runs they go over threads nevertheless, as large ones do.
+
+    A thread that finds a socket full waits a moment for room; here it always waits in vain.
+    """
     before = outlet._INLINE_BYTES, shm._INLINE_BYTES
+    wait_for_room = stream.FrameStream._wait_for_room
+    stream.FrameStream._wait_for_room = lambda self: False  # type: ignore[method-assign]
     if scenario.thread_s:
         outlet._INLINE_BYTES = shm._INLINE_BYTES = 0
     try:
         yield
     finally:
         outlet._INLINE_BYTES, shm._INLINE_BYTES = before
+        stream.FrameStream._wait_for_room = wait_for_room  # type: ignore[method-assign]
 
 
 def _close(loop: VirtualLoop) -> None:
