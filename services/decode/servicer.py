@@ -29,6 +29,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             context,
             start=self._worker.start,
             response=lambda step: decode_pb2.OpenResponse(step=step),
+            peer_timeout_s=self._host.settings.peer_timeout_s,
         )
 
     async def GetStatus(

@@ -49,7 +49,9 @@ class Discovery:
         worker_id = status.identity.worker_id
         known = self._registry.get(worker_id)
         is_new = known is None or known.link.incarnation != status.identity.incarnation
-        self._registry.heard(status, leaving=announcement.leaving)
+        is_used = self._registry.heard(status, leaving=announcement.leaving)
+        if not is_used and not announcement.leaving:
+            return
         if announcement.leaving or self._registry.get(worker_id) is None:
             self._incomplete.discard(worker_id)
         elif worker_id in self._incomplete or (is_new and status.kv_event_seq):

@@ -23,6 +23,7 @@ from baton.services.core.router import Role, WorkerView
 from baton.services.gateway.worker_link import WorkerLink
 from baton.services.runtime.convert import STATE_NAMES, role_from_wire
 from baton.services.runtime.grpc import create_channel
+from baton.services.runtime.namesakes import is_replaced_by
 
 log = structlog.get_logger(__name__)
 
@@ -59,13 +60,17 @@ class Registry:
         on_heard: Callable[[], None] = lambda: None,
         on_forget: Callable[[str], None] = lambda worker_id: None,
         open_channel: Callable[[str], grpc.aio.Channel] = create_channel,
+        peer_timeout_s: float = 2.5,
     ) -> None:
         self._open_channel = open_channel
         self._gateway = gateway
         self._clock = clock
         self._on_heard = on_heard
         self._on_forget = on_forget
+        self._peer_timeout_s = peer_timeout_s
+        self.num_fenced = 0  # outputs of attempts that were over, not served
         self._workers: dict[str, KnownWorker] = {}
+        self._replaced: dict[str, str] = {}  # worker id -> the older incarnation that was told of last
         self._waiters: set[asyncio.Future[bool]] = set()
         self._unanswered: set[str] = set()  # static addresses that nobody has answered from yet
 
@@ -75,33 +80,57 @@ class Registry:
     def get(self, worker_id: str) -> KnownWorker | None:
         return self._workers.get(worker_id)
 
-    def heard(self, status: pb.WorkerStatus, *, leaving: bool = False) -> None:
-        """Takes in what a worker says of itself. Another incarnation replaces the one before at once."""
+    def heard(self, status: pb.WorkerStatus, *, leaving: bool = False) -> bool:
+        """Takes in what a worker says of itself; False where it is not used.
+
+        An incarnation that began later replaces the one before at once. One that began earlier is an old process that is
+        still there, or there again: it is ignored as long as the later one is known.
+        """
         role = role_from_wire(status.role)
         worker_id, incarnation = status.identity.worker_id, status.identity.incarnation
         if role is None or not (
             worker_id and incarnation and status.address and status.compatibility.layout.block_size
         ):
             log.warning("ignored a worker's report that lacks identity, role, address or layout", worker_id=worker_id)
-            return
+            return False
         known = self._workers.get(worker_id)
         if leaving:
             if known is not None and known.link.incarnation == incarnation:  # not the one that has replaced it
                 known.status.state = pb.WORKER_STATE_DRAINING
-            return
+            return False
         if known is not None and known.link.incarnation != incarnation:
+            if not is_replaced_by(known.status, status):
+                if self._replaced.get(worker_id) != incarnation:
+                    log.warning("ignored an older worker with the id of one in use", worker_id=worker_id)
+                    self._replaced[worker_id] = incarnation
+                return False
             self._drop(known)
             known = None
         if known is None:
-            link = WorkerLink(
-                worker_id, incarnation, role, status.address, self._gateway, self._open_channel, self._tell_changed
-            )
+            link = self._make_link(worker_id, incarnation, role, status.address)
             known = self._workers[worker_id] = KnownWorker(status, link, self._clock())
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
         known.status, known.heard_s = status, self._clock()
         self._on_heard()
         self._tell_changed()
+        return True
+
+    def _make_link(self, worker_id: str, incarnation: str, role: Role, address: str) -> WorkerLink:
+        return WorkerLink(
+            worker_id,
+            incarnation,
+            role,
+            address,
+            self._gateway,
+            open_channel=self._open_channel,
+            on_connected=self._tell_changed,
+            on_fenced=self._count_fenced,
+            peer_timeout_s=self._peer_timeout_s,
+        )
+
+    def _count_fenced(self) -> None:
+        self.num_fenced += 1
 
     def statuses(self) -> list[pb.WorkerStatus]:
         """The last report of every worker that can be reached."""

@@ -74,7 +74,11 @@ class GatewayService:
         model, tokenizer = await asyncio.to_thread(self._load_model)
         stack.callback(tokenizer.close)
         self._registry = Registry(
-            self._identity, clock=time.monotonic, on_heard=self._on_heard, on_forget=self._prefix_index.forget
+            self._identity,
+            clock=time.monotonic,
+            on_heard=self._on_heard,
+            on_forget=self._prefix_index.forget,
+            peer_timeout_s=settings.peer_timeout_s,
         )
         self._metrics = Metrics(
             self._registry.statuses, version=version("baton-llm"), num_waiting=lambda: dispatcher.num_waiting
@@ -217,6 +221,7 @@ class GatewayService:
         return not is_static or any(known.link.role is Role.PREFILL for known in self._registry)
 
     def _render_metrics(self) -> bytes:
+        self._metrics.fenced(self._registry.num_fenced)
         self._metrics.bus_state(self._bus.is_connected, dict(self._bus.num_dropped))
         return self._metrics.render()
 

@@ -16,7 +16,8 @@ from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role
-from baton.services.runtime.grpc import create_channel
+from baton.services.runtime.grpc import CONTROL_TIMEOUT_S, create_channel
+from baton.services.runtime.silence import HEARTBEAT_METADATA, HEARTBEAT_S, Silence
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +51,8 @@ class WorkerLink:
     gateway: pb.WorkerIdentity
     open_channel: Callable[[str], grpc.aio.Channel] = create_channel
     on_connected: Callable[[], None] = lambda: None
+    on_fenced: Callable[[], None] = lambda: None  # an output of a request that was released
+    peer_timeout_s: float = 2.5
     is_connected: bool = False
     _open: dict[Key, _Open] = field(default_factory=dict)
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -72,28 +75,55 @@ class WorkerLink:
         """Holds the stream until it breaks or the task is cancelled; False when the worker never accepted it."""
         reason, was_connected = "connection closed", False
         async with self.open_channel(self.address) as channel, AsyncExitStack() as stack:
-            messages = self._messages
             call = self._stub(channel).Open()
             stack.callback(call.cancel)
             try:
-                hello = messages.Hello(gateway=self.gateway, worker_incarnation=self.incarnation)
-                await call.write(messages.OpenRequest(hello=hello))
-                await call.initial_metadata()  # the worker has accepted the hello, or refused it for good
+                heartbeat_s = await self._greet(call)
+                silence = Silence(self.peer_timeout_s, heartbeat_s)
+                ends = [asyncio.create_task(self._read(call, silence))]
+                stack.push_async_callback(_end_tasks, ends)
+                if heartbeat_s:
+                    ends.append(asyncio.create_task(self._watch(silence)))
                 if not call.done():
-                    stack.callback(asyncio.create_task(self._write(call)).cancel)
+                    writer = asyncio.create_task(self._write(call, HEARTBEAT_S if heartbeat_s else None))
+                    stack.push_async_callback(_end_tasks, [writer])
                     self.is_connected = was_connected = True
                     self.on_connected()
-                async for response in call:
-                    for output in response.step.outputs:
-                        self._deliver(output)
+                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name.lower()}: {error.details() or 'no details'}"
+            except TimeoutError as error:
+                reason = str(error) or "no answer to the hello"
             finally:
                 self.is_connected = False
                 self._fail_all(reason)
         if was_connected:
             log.info("link to worker ended", worker_id=self.worker_id, reason=reason)
         return was_connected
+
+    async def _greet(self, call: Any) -> float:
+        """Says hello. Returns how often the worker promises to say something, in seconds; 0: it does not."""
+        messages = self._messages
+        hello = messages.Hello(
+            gateway=self.gateway, worker_incarnation=self.incarnation, heartbeat_ms=int(HEARTBEAT_S * 1e3)
+        )
+        async with asyncio.timeout(CONTROL_TIMEOUT_S):
+            await call.write(messages.OpenRequest(hello=hello))
+            metadata = await call.initial_metadata()  # the worker has accepted the hello, or refused it for good
+        promised = dict(metadata or ()).get(HEARTBEAT_METADATA, "0")
+        return int(promised) / 1e3 if promised.isdecimal() else 0.0
+
+    async def _read(self, call: Any, silence: Silence) -> None:
+        async for response in call:
+            silence.heard()
+            for output in response.step.outputs:
+                self._deliver(output)
+
+    async def _watch(self, silence: Silence) -> None:
+        await silence.until()
+        raise TimeoutError(f"silent for {silence.limit_s:g} s")
 
     def start(self, request: decode_pb2.Start | prefill_pb2.Start, arrivals: asyncio.Queue[Arrival]) -> None:
         """Sends a request to the worker; what it says about it goes to ``arrivals`` until ``release``."""
@@ -124,9 +154,15 @@ class WorkerLink:
             return prefill_pb2_grpc.PrefillServiceStub(channel)
         return decode_pb2_grpc.DecodeServiceStub(channel)
 
-    async def _write(self, call: Any) -> None:
+    async def _write(self, call: Any, heartbeat_s: float | None) -> None:
+        """``heartbeat_s``: a worker that knows pings gets one when there was nothing else to say for so long."""
+        messages = self._messages
         while True:
-            command = await self._commands.get()
+            try:
+                async with asyncio.timeout(heartbeat_s):
+                    command = await self._commands.get()
+            except TimeoutError:
+                command = messages.OpenRequest(ping=messages.Ping())
             try:
                 await call.write(command)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -136,6 +172,8 @@ class WorkerLink:
         request = self._open.get((output.request_id, output.attempt))
         if request is not None:
             request.arrivals.put_nowait(Arrival(self, output.attempt, output=output))
+        else:
+            self.on_fenced()
 
     def _fail_all(self, reason: str) -> None:
         for key in list(self._open):
@@ -148,3 +186,10 @@ class WorkerLink:
         message = f"worker {self.worker_id} was lost ({reason})"
         failure = BatonError(ErrorCode.WORKER_LOST, message, retryable=True)
         request.arrivals.put_nowait(Arrival(self, key[1], failure=failure))
+
+
+async def _end_tasks(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancels them and takes in how they ended: all but the first to end say the same, or nothing."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -29,6 +29,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             context,
             start=self._worker.start,
             response=lambda step: prefill_pb2.OpenResponse(step=step),
+            peer_timeout_s=self._host.settings.peer_timeout_s,
         )
 
     async def GetStatus(

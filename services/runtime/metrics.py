@@ -104,6 +104,9 @@ class Metrics:
         self._in_flight = Gauge(
             "baton_gateway_requests_in_flight", "Admitted and not ended at this gateway.", registry=registry
         )
+        self._fenced = Gauge(
+            "baton_gateway_fenced_outputs", "Outputs of attempts that were over, not served.", registry=registry
+        )
         self._bus_connected = Gauge("baton_bus_connected", "1 while NATS is there.", registry=registry)
         self._bus_dropped = Gauge(
             "baton_bus_dropped_messages", "Messages given up since start, by reason.", ["reason"], registry=registry
@@ -163,6 +166,9 @@ class Metrics:
 
     def retried(self, reason: str) -> None:
         self._retries.labels(reason).inc()
+
+    def fenced(self, num_outputs: int) -> None:
+        self._fenced.set(num_outputs)
 
     def bus_state(self, is_connected: bool, num_dropped: dict[str, int]) -> None:
         self._bus_connected.set(is_connected)

@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         30.0, ge=0, le=3600, description="Seconds that running requests get to finish on SIGTERM."
     )
+    peer_timeout_s: float = Field(
+        2.5, ge=1.0, le=600, description="Seconds of silence after which a worker, or a gateway, counts as lost."
+    )
 
     failpoints: str | None = Field(
         None, description="For tests: places where the process fails, or 'on' to set them while it runs. Loopback only."

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from google.protobuf.message import DecodeError
+
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.events.v1 import events_pb2
 from baton.services.runtime.bus import Bus
+from baton.services.runtime.namesakes import is_replaced_by
 from baton.services.runtime.subjects import Subjects
 
 ANNOUNCE_EVERY_S = 1.0
@@ -28,9 +31,11 @@ class Announcer:
         *,
         status: Callable[[], pb.WorkerStatus],
         collect_names: Callable[[Callable[[Sequence[bytes]], None]], None],
+        on_replaced: Callable[[str], None] = lambda incarnation: None,
     ) -> None:
         """``collect_names`` calls back with the names of all blocks that the pool could reuse then, for a snapshot: after
-        every change that was told before, and before every later one."""
+        every change that was told before, and before every later one. ``on_replaced`` is told of a later worker with the
+        same id, by its incarnation."""
         self._bus = bus
         self._subjects = subjects
         self._identity = identity
@@ -41,6 +46,8 @@ class Announcer:
         self._announced_s = 0.0
         self._soon: asyncio.TimerHandle | None = None
         self._has_left = False
+        self._on_replaced = on_replaced
+        bus.subscribe(subjects.worker(identity.worker_id), self._on_namesake)
         bus.subscribe(subjects.discover, lambda subject, payload: self.announce())
         bus.subscribe(subjects.kv_snapshot(identity.worker_id), lambda subject, payload: self._send_snapshot())
 
@@ -79,6 +86,19 @@ class Announcer:
         while stored or removed:
             self._publish_kv(stored[:MAX_NAMES_PER_MESSAGE], removed[:MAX_NAMES_PER_MESSAGE])
             stored, removed = stored[MAX_NAMES_PER_MESSAGE:], removed[MAX_NAMES_PER_MESSAGE:]
+
+    def _on_namesake(self, subject: str, payload: bytes) -> None:
+        """Somebody has announced a worker with this one's id: mostly this one itself."""
+        announcement = events_pb2.WorkerAnnouncement()
+        try:
+            announcement.ParseFromString(payload)
+        except DecodeError:
+            return  # gateways log it
+        other = announcement.status
+        if other.identity.incarnation == self._identity.incarnation or announcement.leaving or not other.started_ms:
+            return
+        if is_replaced_by(self._status(), other):
+            self._on_replaced(other.identity.incarnation)
 
     def _introduce(self) -> None:
         self.announce()

@@ -20,6 +20,7 @@ class Environment:
     """Time, identity, network, and where steps run. The defaults are the real ones."""
 
     clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time  # seconds since 1970; to tell which of two processes began later
     new_incarnation: Callable[[], str] = lambda: uuid.uuid4().hex
     create_server: Callable[[], grpc.aio.Server] = runtime_grpc.create_server
     open_channel: Callable[[str], grpc.aio.Channel] = runtime_grpc.create_channel

@@ -79,6 +79,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._health = Health()
         worker_id = settings.worker_id or f"{settings.role}-{secrets.token_hex(4)}"
         self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=self._environment.new_incarnation())
+        self._started_ms = int(self._environment.wall_clock() * 1e3)
         self._report: PoolReport | None = None
 
     @abstractmethod
@@ -126,6 +127,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             self.identity,
             status=self._status,
             collect_names=self._collect_names,
+            on_replaced=self._on_replaced,
         )
         watch = PoolWatch(
             pool, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
@@ -275,6 +277,14 @@ class WorkerHost(ABC, Generic[WorkerT]):
         )
         return self._status()
 
+    def _on_replaced(self, incarnation: str) -> None:
+        """Another process has this worker's id and began later: it serves, and this one must not."""
+        assert self.worker is not None
+        if not self.worker.broken.is_set():
+            log.error("another worker has taken over this one's id; stopping", incarnation=incarnation)
+            self._health.set_dead("another worker has this one's id")
+            self.worker.broken.set()
+
     def _collect_names(self, take: Callable[[Sequence[bytes]], None]) -> None:
         assert self.worker is not None
         steps = self.worker.steps
@@ -307,6 +317,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             role=convert.role_to_wire(Role(self.settings.role)),
             state=pb.WORKER_STATE_DRAINING if self._health.is_draining else pb.WORKER_STATE_READY,
             pid=os.getpid(),
+            started_ms=self._started_ms,
             address=self.address,
             model=self.settings.served_model_name or self.settings.model or "",
             compatibility=pb.Compatibility(

@@ -11,6 +11,8 @@ import structlog
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.runtime.grpc import CONTROL_TIMEOUT_S
+from baton.services.runtime.silence import HEARTBEAT_METADATA, HEARTBEAT_S, Silence
 
 log = structlog.get_logger(__name__)
 
@@ -68,12 +70,17 @@ async def serve_stream(
     *,
     start: Callable[[Session, Any], None],
     response: Callable[[pb.StepOutputs], Any],
+    peer_timeout_s: float = 2.5,
 ) -> None:
-    """Serves one Open call of the prefill or the decode service until the gateway ends it.
+    """Serves one Open call of the prefill or the decode service until the gateway ends it, or says nothing any more.
 
     ``start`` takes a Start command; ``response`` wraps a step's outputs in the service's own message.
     """
-    first = await anext(commands, None)
+    try:
+        async with asyncio.timeout(CONTROL_TIMEOUT_S):
+            first = await anext(commands, None)
+    except TimeoutError:
+        first = None
     if first is None or first.WhichOneof("command") != "hello":
         raise BatonError(ErrorCode.INVALID_REQUEST, "the first message of a stream must be hello", param="hello")
     if first.hello.worker_incarnation not in ("", host.incarnation):
@@ -82,19 +89,24 @@ async def serve_stream(
             f"this worker is incarnation {host.incarnation}, not {first.hello.worker_incarnation}",
             retryable=True,
         )
-    await context.send_initial_metadata(())
+    await context.send_initial_metadata(((HEARTBEAT_METADATA, str(int(HEARTBEAT_S * 1e3))),))
     session = host.open_session(first.hello.gateway)
     log.info("gateway connected", gateway=session.gateway.worker_id)
-    sender = asyncio.create_task(_send(session, context, response))
-    reader = asyncio.create_task(_read(host, session, commands, start))
+    silence = Silence(peer_timeout_s, first.hello.heartbeat_ms / 1e3)
+    tasks = [
+        asyncio.create_task(_send(session, context, response)),
+        asyncio.create_task(_read(host, session, commands, start, silence)),
+    ]
+    if first.hello.heartbeat_ms:
+        tasks.append(asyncio.create_task(_watch(silence)))
     try:
         # Either side's end is the stream's end; an error of either is the stream's error.
-        done, _ = await asyncio.wait((sender, reader), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        sender.cancel()
-        reader.cancel()
+        for task in tasks:
+            task.cancel()
         host.close_session(session)
         log.info("gateway disconnected", gateway=session.gateway.worker_id)
 
@@ -103,17 +115,34 @@ async def _send(
     session: Session, context: grpc.aio.ServicerContext[Any, Any], response: Callable[[pb.StepOutputs], Any]
 ) -> None:
     while True:
-        await context.write(response(await session.next_step()))
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                step = await session.next_step()
+        except TimeoutError:
+            step = pb.StepOutputs()
+        await context.write(response(step))
+
+
+async def _watch(silence: Silence) -> None:
+    await silence.until()
+    raise BatonError(ErrorCode.WORKER_LOST, f"the gateway has been silent for {silence.limit_s:g} s", retryable=True)
 
 
 async def _read(
-    host: StreamHost, session: Session, commands: AsyncIterator[Any], start: Callable[[Session, Any], None]
+    host: StreamHost,
+    session: Session,
+    commands: AsyncIterator[Any],
+    start: Callable[[Session, Any], None],
+    silence: Silence,
 ) -> None:
     async for message in commands:
+        silence.heard()
         match message.WhichOneof("command"):
             case "start":
                 start(session, message.start)
             case "cancel":
                 host.cancel(session, message.cancel.request_id, message.cancel.attempt)
+            case "ping":
+                pass
             case other:
                 raise BatonError(ErrorCode.INVALID_REQUEST, f"unexpected {other} in the middle of a stream")

@@ -35,6 +35,8 @@ class ScriptedWorker:
         self.sessions: list[Session] = []
         self.starts: list[Any] = []
         self.cancels: list[tuple[str, int]] = []
+        self._is_awake = asyncio.Event()
+        self._is_awake.set()
         self._streams: set[asyncio.Task[Any]] = set()
         self._server = runtime_grpc.create_server()
 
@@ -77,6 +79,14 @@ class ScriptedWorker:
         for stream in self._streams:
             stream.cancel()
 
+    def freeze(self) -> None:
+        """Not a word from now on, as when the process is stopped; connections stay."""
+        self._is_awake.clear()
+
+    def wake(self) -> None:
+        """What was to be said is said now."""
+        self._is_awake.set()
+
     async def listen(self, port: int = 0) -> None:
         add = (
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server
@@ -109,7 +119,9 @@ class ScriptedWorker:
     async def serve(
         self, commands: AsyncIterator[Any], context: Any, response: Callable[[pb.StepOutputs], Any]
     ) -> None:
-        stream = asyncio.ensure_future(serve_stream(self, commands, context, start=self.start, response=response))
+        await self._is_awake.wait()
+        sleepy: Any = _SleepyContext(context, self._is_awake)
+        stream = asyncio.ensure_future(serve_stream(self, commands, sleepy, start=self.start, response=response))
         self._streams.add(stream)
         try:
             await asyncio.wait({stream})
@@ -119,6 +131,22 @@ class ScriptedWorker:
         finally:
             stream.cancel()
             self._streams.discard(stream)
+
+
+class _SleepyContext:
+    """Passes on what is written while the worker is awake."""
+
+    def __init__(self, context: Any, is_awake: asyncio.Event) -> None:
+        self._context = context
+        self._is_awake = is_awake
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        await self._is_awake.wait()
+        await self._context.send_initial_metadata(metadata)
+
+    async def write(self, message: Any) -> None:
+        await self._is_awake.wait()
+        await self._context.write(message)
 
 
 class _Servicer:

@@ -397,3 +397,24 @@ async def test_cached_tokens_are_those_of_the_attempt_that_computed_the_prompt()
         await made.generate(made.request())
         assert made.ended[0].cached_tokens == 16
         made.assert_done()
+
+
+async def test_a_worker_that_freezes_is_replaced_and_its_late_tokens_are_not_served() -> None:
+    def begin(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        if spec.attempt > 1:
+            whole(worker, spec)
+            return
+        worker.say(spec, 0, 100)
+        asyncio.get_running_loop().call_later(0.05, worker.freeze)
+
+    async with dispatching((), (begin, begin)) as (made, _, decode):
+        generation = made.dispatcher.generate(made.request())
+        assert (await anext(generation)).first_index == 0
+        (frozen,) = [worker for worker in decode if worker.starts]
+        rest = [delta async for delta in generation]
+        assert [token.token_id for delta in rest for token in delta.tokens] == [101, 102, 103]
+        assert made.ended[0].fallbacks == ["other_decode"]
+        frozen.say(frozen.starts[0].spec, 1, 999)
+        frozen.wake()
+        await eventually(lambda: len(made.registry.views()) == 2, what="its return")
+        made.assert_done()

@@ -130,6 +130,32 @@ async def test_a_restart_replaces_the_worker_at_once(known: Known) -> None:
         assert known.usable == ["d"]
 
 
+async def test_of_two_workers_with_one_id_the_later_one_serves_whoever_speaks_last(known: Known) -> None:
+    async with run_worker("d", Role.DECODE) as older, run_worker("d", Role.DECODE) as newer:
+        assert known.registry.heard(older.status(started_ms=1000))
+        await eventually(lambda: known.usable == ["d"])
+        assert known.registry.heard(newer.status(started_ms=2000))
+        for _ in range(3):
+            assert not known.registry.heard(older.status(started_ms=1000))
+            assert known.registry.heard(newer.status(started_ms=2000))
+        await eventually(lambda: known.usable == ["d"])
+        assert known.registry.views()[0].incarnation == newer.incarnation
+        assert known.forgotten == ["d"]  # once, not at every announcement
+        assert len(newer.sessions) == 1
+        await eventually(lambda: not older.sessions)
+
+
+async def test_those_who_wait_hear_of_every_change(known: Known) -> None:
+    async with run_worker("d", Role.DECODE) as worker:
+        waiting = [asyncio.ensure_future(known.registry.wait_changed()) for _ in range(2)]
+        await asyncio.sleep(0)
+        known.registry.heard(worker.status())
+        assert await asyncio.gather(*waiting) == [True, True]
+        waiting = [asyncio.ensure_future(known.registry.wait_changed())]
+        assert await waiting[0]  # its link works
+        assert known.registry.alive() == {worker.incarnation}
+
+
 @pytest.mark.parametrize(
     "broken",
     [

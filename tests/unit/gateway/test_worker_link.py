@@ -12,6 +12,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2
 from baton.services.core.errors import ErrorCode
 from baton.services.core.router import Role
+from baton.services.gateway import worker_link
 from baton.services.gateway.worker_link import Arrival, WorkerLink
 from baton.services.runtime.net import free_port
 
@@ -108,3 +109,50 @@ async def test_the_same_link_connects_again() -> None:
             await eventually(lambda: link.is_connected)
             worker.hang_up()
             assert await task
+
+
+async def test_a_worker_that_says_nothing_any_more_is_lost_and_what_it_says_later_is_not_served() -> None:
+    fenced: list[int] = []
+    async with run_worker("d", Role.DECODE) as worker:
+        link = make_link(worker)
+        link.on_fenced = lambda: fenced.append(1)
+        task = asyncio.create_task(link.run())
+        await eventually(lambda: link.is_connected)
+        arrivals = start(link, "a")
+        await eventually(lambda: bool(worker.starts))
+        worker.freeze()
+        failure = (await arrivals.get()).failure
+        assert failure is not None
+        assert (failure.code, "silent" in failure.message) == (ErrorCode.WORKER_LOST, True)
+        assert await task
+        spec = worker.starts[0].spec
+        worker.say(spec, 0, 7)
+        worker.wake()
+        task = asyncio.create_task(link.run())
+        await eventually(lambda: link.is_connected)
+        worker.say(spec, 1, 8)  # on the new stream: the attempt is none of it
+        await eventually(lambda: bool(fenced))
+        assert arrivals.empty()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_quiet_worker_that_lives_is_not_lost() -> None:
+    async with run_worker("d", Role.DECODE) as worker:
+        link = make_link(worker)
+        task = asyncio.create_task(link.run())
+        await eventually(lambda: link.is_connected)
+        silence = link.peer_timeout_s
+        done, _ = await asyncio.wait((task,), timeout=1.2 * silence)
+        assert not done
+        assert link.is_connected
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_frozen_worker_does_not_hold_up_whoever_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "CONTROL_TIMEOUT_S", 0.1)
+    async with run_worker("d", Role.DECODE) as worker:
+        worker.freeze()
+        assert await make_link(worker).run() is False
+        worker.wake()

@@ -33,8 +33,14 @@ class Listener:
             SUBJECTS.all_kv, lambda subject, payload: self.kv.append(events_pb2.KVEvents.FromString(payload))
         )
         self.names: tuple[bytes, ...] = ()
+        self.replaced: list[str] = []
         self.announcer = Announcer(
-            self.bus, SUBJECTS, IDENTITY, status=lambda: pb.WorkerStatus(identity=IDENTITY), collect_names=self._collect
+            self.bus,
+            SUBJECTS,
+            IDENTITY,
+            status=lambda: pb.WorkerStatus(identity=IDENTITY, started_ms=1000),
+            collect_names=self._collect,
+            on_replaced=self.replaced.append,
         )
 
     def _collect(self, take: Callable[[Sequence[bytes]], None]) -> None:
@@ -115,3 +121,22 @@ async def test_nothing_is_announced_after_the_farewell() -> None:
     listener.bus.publish(SUBJECTS.discover, b"")
     await asyncio.sleep(2 * MIN_PAUSE_S)
     assert [a.leaving for a in listener.announcements] == [False, True]
+
+
+async def test_it_hears_of_a_later_worker_with_its_id_and_of_no_other() -> None:
+    listener = Listener()
+
+    def hear(incarnation: str, started_ms: int, *, leaving: bool = False) -> None:
+        identity = pb.WorkerIdentity(worker_id="w", incarnation=incarnation)
+        status = pb.WorkerStatus(identity=identity, started_ms=started_ms)
+        announcement = events_pb2.WorkerAnnouncement(status=status, leaving=leaving)
+        listener.bus.publish(SUBJECTS.worker("w"), announcement.SerializeToString())
+
+    listener.announcer.announce()  # its own
+    hear("older", 999)
+    hear("unknown-age", 0)
+    hear("later-but-leaving", 3000, leaving=True)
+    listener.bus.publish(SUBJECTS.worker("w"), b"\xff")
+    hear("later", 1001)
+    await eventually(lambda: len(listener.announcements) >= 5 or listener.replaced)
+    assert listener.replaced == ["later"]

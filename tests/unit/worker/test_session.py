@@ -141,3 +141,53 @@ async def test_a_second_hello_ends_the_stream_and_gives_its_requests_up() -> Non
     with pytest.raises(BatonError, match="unexpected hello"):
         await serve(host, Context(), hello(), START, hello())
     assert host.closed == host.opened != []
+
+
+class Gateway:
+    """Commands that come when the test says."""
+
+    def __init__(self, heartbeat_ms: int) -> None:
+        self.commands: asyncio.Queue[decode_pb2.OpenRequest] = asyncio.Queue()
+        first = hello()
+        first.hello.heartbeat_ms = heartbeat_ms
+        self.commands.put_nowait(first)
+
+    async def __aiter__(self) -> AsyncIterator[decode_pb2.OpenRequest]:
+        while True:
+            yield await self.commands.get()
+
+
+def serve_gateway(host: Host, context: Context, gateway: Gateway) -> asyncio.Task[None]:
+    stream: Any = context
+    return asyncio.create_task(
+        serve_stream(
+            host,
+            aiter(gateway),
+            stream,
+            start=lambda session, command: None,
+            response=lambda step: decode_pb2.OpenResponse(step=step),
+            peer_timeout_s=0.3,
+        )
+    )
+
+
+async def test_a_gateway_that_promised_heartbeats_and_is_silent_has_its_requests_given_up() -> None:
+    host = Host()
+    with pytest.raises(BatonError, match="silent"):
+        await serve_gateway(host, Context(), Gateway(heartbeat_ms=50))
+    assert host.closed == host.opened != []
+
+
+@pytest.mark.parametrize(("heartbeat_ms", "pings"), [(50, True), (0, False)])
+async def test_a_gateway_that_pings_or_never_promised_to_is_kept(heartbeat_ms: int, pings: bool) -> None:
+    host, context, gateway = Host(), Context(), Gateway(heartbeat_ms)
+    stream = serve_gateway(host, context, gateway)
+    # Two heartbeats of the worker itself take longer than the silence that would be the end.
+    while sum(not message.step.outputs for message in context.written) < 2:
+        assert not stream.done()
+        if pings:
+            gateway.commands.put_nowait(decode_pb2.OpenRequest(ping=decode_pb2.Ping()))
+        await asyncio.sleep(0.02)
+    assert not host.closed
+    stream.cancel()
+    await asyncio.gather(stream, return_exceptions=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.api.common.v1 import common_pb2 as baton_dot_api_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n baton/api/decode/v1/decode.proto\x12\x13\x62\x61ton.api.decode.v1\x1a baton/api/common/v1/common.proto\"\xa1\x01\n\x0bOpenRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.baton.api.decode.v1.HelloH\x00\x12+\n\x05start\x18\x02 \x01(\x0b\x32\x1a.baton.api.decode.v1.StartH\x00\x12-\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1b.baton.api.decode.v1.CancelH\x00\x42\t\n\x07\x63ommand\"Y\n\x05Hello\x12\x34\n\x07gateway\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x1a\n\x12worker_incarnation\x18\x02 \x01(\t\"\xa1\x01\n\x05Start\x12\x31\n\x04spec\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.GenerationSpec\x12\x34\n\x07prefill\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12/\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32 .baton.api.common.v1.FetchSource\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\">\n\x0cOpenResponse\x12.\n\x04step\x18\x01 \x01(\x0b\x32 .baton.api.common.v1.StepOutputs\"\x12\n\x10GetStatusRequest\"F\n\x11GetStatusResponse\x12\x31\n\x06status\x18\x01 \x01(\x0b\x32!.baton.api.common.v1.WorkerStatus\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"$\n\rDrainResponse\x12\x13\n\x0bnum_aborted\x18\x01 \x01(\r2\x8c\x02\n\rDecodeService\x12O\n\x04Open\x12 .baton.api.decode.v1.OpenRequest\x1a!.baton.api.decode.v1.OpenResponse(\x01\x30\x01\x12Z\n\tGetStatus\x12%.baton.api.decode.v1.GetStatusRequest\x1a&.baton.api.decode.v1.GetStatusResponse\x12N\n\x05\x44rain\x12!.baton.api.decode.v1.DrainRequest\x1a\".baton.api.decode.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n baton/api/decode/v1/decode.proto\x12\x13\x62\x61ton.api.decode.v1\x1a baton/api/common/v1/common.proto\"\xcc\x01\n\x0bOpenRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.baton.api.decode.v1.HelloH\x00\x12+\n\x05start\x18\x02 \x01(\x0b\x32\x1a.baton.api.decode.v1.StartH\x00\x12-\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1b.baton.api.decode.v1.CancelH\x00\x12)\n\x04ping\x18\x04 \x01(\x0b\x32\x19.baton.api.decode.v1.PingH\x00\x42\t\n\x07\x63ommand\"o\n\x05Hello\x12\x34\n\x07gateway\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x1a\n\x12worker_incarnation\x18\x02 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\r\"\x06\n\x04Ping\"\xa1\x01\n\x05Start\x12\x31\n\x04spec\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.GenerationSpec\x12\x34\n\x07prefill\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12/\n\x05\x66\x65tch\x18\x03 \x01(\x0b\x32 .baton.api.common.v1.FetchSource\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\">\n\x0cOpenResponse\x12.\n\x04step\x18\x01 \x01(\x0b\x32 .baton.api.common.v1.StepOutputs\"\x12\n\x10GetStatusRequest\"F\n\x11GetStatusResponse\x12\x31\n\x06status\x18\x01 \x01(\x0b\x32!.baton.api.common.v1.WorkerStatus\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"$\n\rDrainResponse\x12\x13\n\x0bnum_aborted\x18\x01 \x01(\r2\x8c\x02\n\rDecodeService\x12O\n\x04Open\x12 .baton.api.decode.v1.OpenRequest\x1a!.baton.api.decode.v1.OpenResponse(\x01\x30\x01\x12Z\n\tGetStatus\x12%.baton.api.decode.v1.GetStatusRequest\x1a&.baton.api.decode.v1.GetStatusResponse\x12N\n\x05\x44rain\x12!.baton.api.decode.v1.DrainRequest\x1a\".baton.api.decode.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.api.decode.v1.decode_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPENREQUEST']._serialized_start=92
-  _globals['_OPENREQUEST']._serialized_end=253
-  _globals['_HELLO']._serialized_start=255
-  _globals['_HELLO']._serialized_end=344
-  _globals['_START']._serialized_start=347
-  _globals['_START']._serialized_end=508
-  _globals['_CANCEL']._serialized_start=510
-  _globals['_CANCEL']._serialized_end=555
-  _globals['_OPENRESPONSE']._serialized_start=557
-  _globals['_OPENRESPONSE']._serialized_end=619
-  _globals['_GETSTATUSREQUEST']._serialized_start=621
-  _globals['_GETSTATUSREQUEST']._serialized_end=639
-  _globals['_GETSTATUSRESPONSE']._serialized_start=641
-  _globals['_GETSTATUSRESPONSE']._serialized_end=711
-  _globals['_DRAINREQUEST']._serialized_start=713
-  _globals['_DRAINREQUEST']._serialized_end=747
-  _globals['_DRAINRESPONSE']._serialized_start=749
-  _globals['_DRAINRESPONSE']._serialized_end=785
-  _globals['_DECODESERVICE']._serialized_start=788
-  _globals['_DECODESERVICE']._serialized_end=1056
+  _globals['_OPENREQUEST']._serialized_end=296
+  _globals['_HELLO']._serialized_start=298
+  _globals['_HELLO']._serialized_end=409
+  _globals['_PING']._serialized_start=411
+  _globals['_PING']._serialized_end=417
+  _globals['_START']._serialized_start=420
+  _globals['_START']._serialized_end=581
+  _globals['_CANCEL']._serialized_start=583
+  _globals['_CANCEL']._serialized_end=628
+  _globals['_OPENRESPONSE']._serialized_start=630
+  _globals['_OPENRESPONSE']._serialized_end=692
+  _globals['_GETSTATUSREQUEST']._serialized_start=694
+  _globals['_GETSTATUSREQUEST']._serialized_end=712
+  _globals['_GETSTATUSRESPONSE']._serialized_start=714
+  _globals['_GETSTATUSRESPONSE']._serialized_end=784
+  _globals['_DRAINREQUEST']._serialized_start=786
+  _globals['_DRAINREQUEST']._serialized_end=820
+  _globals['_DRAINRESPONSE']._serialized_start=822
+  _globals['_DRAINRESPONSE']._serialized_end=858
+  _globals['_DECODESERVICE']._serialized_start=861
+  _globals['_DECODESERVICE']._serialized_end=1129
 # @@protoc_insertion_point(module_scope)

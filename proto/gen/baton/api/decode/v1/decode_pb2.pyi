@@ -7,22 +7,30 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class OpenRequest(_message.Message):
-    __slots__ = ("hello", "start", "cancel")
+    __slots__ = ("hello", "start", "cancel", "ping")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     start: Start
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    ping: Ping
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("gateway", "worker_incarnation")
+    __slots__ = ("gateway", "worker_incarnation", "heartbeat_ms")
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     WORKER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_MS_FIELD_NUMBER: _ClassVar[int]
     gateway: _common_pb2.WorkerIdentity
     worker_incarnation: str
-    def __init__(self, gateway: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., worker_incarnation: _Optional[str] = ...) -> None: ...
+    heartbeat_ms: int
+    def __init__(self, gateway: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., worker_incarnation: _Optional[str] = ..., heartbeat_ms: _Optional[int] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("spec", "prefill", "fetch")

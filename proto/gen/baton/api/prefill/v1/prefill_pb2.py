@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.api.common.v1 import common_pb2 as baton_dot_api_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"baton/api/prefill/v1/prefill.proto\x12\x14\x62\x61ton.api.prefill.v1\x1a baton/api/common/v1/common.proto\"\xa4\x01\n\x0bOpenRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.baton.api.prefill.v1.HelloH\x00\x12,\n\x05start\x18\x02 \x01(\x0b\x32\x1b.baton.api.prefill.v1.StartH\x00\x12.\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1c.baton.api.prefill.v1.CancelH\x00\x42\t\n\x07\x63ommand\"Y\n\x05Hello\x12\x34\n\x07gateway\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x1a\n\x12worker_incarnation\x18\x02 \x01(\t\"\xb8\x01\n\x05Start\x12\x31\n\x04spec\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.GenerationSpec\x12\x33\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x03 \x01(\t\x12/\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32 .baton.api.common.v1.FetchSource\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\">\n\x0cOpenResponse\x12.\n\x04step\x18\x01 \x01(\x0b\x32 .baton.api.common.v1.StepOutputs\"\x12\n\x10GetStatusRequest\"F\n\x11GetStatusResponse\x12\x31\n\x06status\x18\x01 \x01(\x0b\x32!.baton.api.common.v1.WorkerStatus\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"$\n\rDrainResponse\x12\x13\n\x0bnum_aborted\x18\x01 \x01(\r2\x93\x02\n\x0ePrefillService\x12Q\n\x04Open\x12!.baton.api.prefill.v1.OpenRequest\x1a\".baton.api.prefill.v1.OpenResponse(\x01\x30\x01\x12\\\n\tGetStatus\x12&.baton.api.prefill.v1.GetStatusRequest\x1a\'.baton.api.prefill.v1.GetStatusResponse\x12P\n\x05\x44rain\x12\".baton.api.prefill.v1.DrainRequest\x1a#.baton.api.prefill.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"baton/api/prefill/v1/prefill.proto\x12\x14\x62\x61ton.api.prefill.v1\x1a baton/api/common/v1/common.proto\"\xd0\x01\n\x0bOpenRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.baton.api.prefill.v1.HelloH\x00\x12,\n\x05start\x18\x02 \x01(\x0b\x32\x1b.baton.api.prefill.v1.StartH\x00\x12.\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1c.baton.api.prefill.v1.CancelH\x00\x12*\n\x04ping\x18\x04 \x01(\x0b\x32\x1a.baton.api.prefill.v1.PingH\x00\x42\t\n\x07\x63ommand\"o\n\x05Hello\x12\x34\n\x07gateway\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x1a\n\x12worker_incarnation\x18\x02 \x01(\t\x12\x14\n\x0cheartbeat_ms\x18\x03 \x01(\r\"\x06\n\x04Ping\"\xb8\x01\n\x05Start\x12\x31\n\x04spec\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.GenerationSpec\x12\x33\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x03 \x01(\t\x12/\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32 .baton.api.common.v1.FetchSource\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\">\n\x0cOpenResponse\x12.\n\x04step\x18\x01 \x01(\x0b\x32 .baton.api.common.v1.StepOutputs\"\x12\n\x10GetStatusRequest\"F\n\x11GetStatusResponse\x12\x31\n\x06status\x18\x01 \x01(\x0b\x32!.baton.api.common.v1.WorkerStatus\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\x04\"$\n\rDrainResponse\x12\x13\n\x0bnum_aborted\x18\x01 \x01(\r2\x93\x02\n\x0ePrefillService\x12Q\n\x04Open\x12!.baton.api.prefill.v1.OpenRequest\x1a\".baton.api.prefill.v1.OpenResponse(\x01\x30\x01\x12\\\n\tGetStatus\x12&.baton.api.prefill.v1.GetStatusRequest\x1a\'.baton.api.prefill.v1.GetStatusResponse\x12P\n\x05\x44rain\x12\".baton.api.prefill.v1.DrainRequest\x1a#.baton.api.prefill.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.api.prefill.v1.prefil
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPENREQUEST']._serialized_start=95
-  _globals['_OPENREQUEST']._serialized_end=259
-  _globals['_HELLO']._serialized_start=261
-  _globals['_HELLO']._serialized_end=350
-  _globals['_START']._serialized_start=353
-  _globals['_START']._serialized_end=537
-  _globals['_CANCEL']._serialized_start=539
-  _globals['_CANCEL']._serialized_end=584
-  _globals['_OPENRESPONSE']._serialized_start=586
-  _globals['_OPENRESPONSE']._serialized_end=648
-  _globals['_GETSTATUSREQUEST']._serialized_start=650
-  _globals['_GETSTATUSREQUEST']._serialized_end=668
-  _globals['_GETSTATUSRESPONSE']._serialized_start=670
-  _globals['_GETSTATUSRESPONSE']._serialized_end=740
-  _globals['_DRAINREQUEST']._serialized_start=742
-  _globals['_DRAINREQUEST']._serialized_end=776
-  _globals['_DRAINRESPONSE']._serialized_start=778
-  _globals['_DRAINRESPONSE']._serialized_end=814
-  _globals['_PREFILLSERVICE']._serialized_start=817
-  _globals['_PREFILLSERVICE']._serialized_end=1092
+  _globals['_OPENREQUEST']._serialized_end=303
+  _globals['_HELLO']._serialized_start=305
+  _globals['_HELLO']._serialized_end=416
+  _globals['_PING']._serialized_start=418
+  _globals['_PING']._serialized_end=424
+  _globals['_START']._serialized_start=427
+  _globals['_START']._serialized_end=611
+  _globals['_CANCEL']._serialized_start=613
+  _globals['_CANCEL']._serialized_end=658
+  _globals['_OPENRESPONSE']._serialized_start=660
+  _globals['_OPENRESPONSE']._serialized_end=722
+  _globals['_GETSTATUSREQUEST']._serialized_start=724
+  _globals['_GETSTATUSREQUEST']._serialized_end=742
+  _globals['_GETSTATUSRESPONSE']._serialized_start=744
+  _globals['_GETSTATUSRESPONSE']._serialized_end=814
+  _globals['_DRAINREQUEST']._serialized_start=816
+  _globals['_DRAINREQUEST']._serialized_end=850
+  _globals['_DRAINRESPONSE']._serialized_start=852
+  _globals['_DRAINRESPONSE']._serialized_end=888
+  _globals['_PREFILLSERVICE']._serialized_start=891
+  _globals['_PREFILLSERVICE']._serialized_end=1166
 # @@protoc_insertion_point(module_scope)
