@@ -86,7 +86,7 @@ class Ladder:
         self._lost: set[str] = set()  # workers that were lost under this request and have not come back
         self._refusal: BatonError | None = None  # why nobody can take it
         self._wait_until_s: float | None = None
-        self._pause_until_s = math.inf
+        self._look_s = -math.inf  # when to look for workers next, where none comes before
         self._parts: dict[str, _Part] = {}
         self._order = TokenOrder(0)
         self._decode_goes_on = False
@@ -106,16 +106,16 @@ class Ladder:
 
     @property
     def wake_s(self) -> float:
-        """When to call ``on_time`` (running) or ``on_workers`` (waiting) at the latest."""
-        if self._wait_until_s is None:
+        """When to call ``on_time`` (running) or ``on_workers`` (choosing), where nothing happens before."""
+        if self.state is LadderState.RUNNING:
             return self._deadline_s
-        return min(self._wait_until_s, self._pause_until_s)
+        return self._look_s if self._wait_until_s is None else min(self._wait_until_s, self._look_s)
 
     # Events.
 
     def on_workers(self, choose: Choose, alive: Collection[str], now: float) -> list[Command]:
         """The workers have changed, or it is time to look at them. ``alive``: incarnations with a link that works."""
-        if not self.wants_workers:
+        if not self.wants_workers or (now < self._look_s and not self.is_waiting):
             return []
         self._lost.difference_update(alive)  # a link that broke and came back was no death
         if len(self._lost) >= self.limits.max_lost_workers:
@@ -176,6 +176,7 @@ class Ladder:
         if not self._is_dispensable(part):
             self._lost.add(incarnation)
             self._avoided.lost(incarnation, now)
+            self._look_s = now + self.limits.loss_pause_s
         return self._part_failed(part, error, now, is_lost=True)
 
     def on_time(self, now: float) -> list[Command]:
@@ -205,7 +206,7 @@ class Ladder:
             self.fallbacks.append(Rung.QUEUED)
         if self.attempts:
             self.fallbacks.append(rung_between(self.attempts[-1].decision.chosen, chosen))
-        self._wait_until_s = None
+        self._wait_until_s, self._look_s = None, -math.inf
         self.attempts.append(attempt)
         self._parts = {
             worker.incarnation: _Part(worker.incarnation, worker is chosen.decode) for worker in chosen.workers
@@ -219,9 +220,9 @@ class Ladder:
         """Nobody can take it now: a worker may come, or come back, or have room again."""
         if not refusal.retryable:
             return self._end_failed(refusal)
-        self._pause_until_s = self._avoided.next_s(now)
+        self._look_s = self._avoided.next_s(now)
         tried = {attempt.decision.chosen.decode.incarnation for attempt in self.attempts}
-        if math.isinf(self._pause_until_s) and any(self._avoided.has_failed(name) for name in tried & set(alive)):
+        if math.isinf(self._look_s) and any(self._avoided.has_failed(name) for name in tried & set(alive)):
             assert self.failure is not None  # those that are there have tried, and time changes nothing
             return self._end_failed(self.failure)
         if self._wait_until_s is None:

@@ -38,6 +38,7 @@ class LadderLimits:
     max_lost_workers: int = 2  # a request under which so many were lost is not tried on another
     max_wait_s: float = 60.0  # for a worker that can take it, in one go
     first_pause_s: float = 0.25  # before a worker that refused is asked again; doubles
+    loss_pause_s: float = 0.1  # after a loss: what else went down with that worker is found out first
 
 
 @dataclass(frozen=True, slots=True)

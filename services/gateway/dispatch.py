@@ -146,7 +146,7 @@ class WorkerDispatcher:
                 self._log_failure(run)
             return deltas
         now_s = self._clock()
-        if ladder.is_waiting and await self._until(self._registry.wait_changed(), ladder.wake_s) is None:
+        if now_s < ladder.wake_s and await self._until(self._registry.wait_changed(), ladder.wake_s) is None:
             now_s = ladder.wake_s
         alive = self._registry.alive()
         commands = ladder.on_workers(lambda wish: self._choose(run, wish), alive, max(self._clock(), now_s))

@@ -46,7 +46,8 @@ class KnownWorker:
 
     @property
     def is_usable(self) -> bool:
-        return self.link.is_connected and self.status.state == pb.WORKER_STATE_READY
+        is_ready = self.status.state == pb.WORKER_STATE_READY
+        return self.link.is_connected and not self.link.is_suspect and is_ready
 
 
 class Registry:

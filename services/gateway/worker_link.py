@@ -54,12 +54,18 @@ class WorkerLink:
     on_fenced: Callable[[], None] = lambda: None  # an output of a request that was released
     peer_timeout_s: float = 2.5
     is_connected: bool = False
+    _silence: Silence | None = None
     _open: dict[Key, _Open] = field(default_factory=dict)
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
 
     @property
     def identity(self) -> pb.WorkerIdentity:
         return pb.WorkerIdentity(worker_id=self.worker_id, incarnation=self.incarnation)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Connected, but silent for longer than it promised."""
+        return self._silence is not None and self._silence.is_suspect
 
     @property
     def num_inflight(self) -> int:
@@ -79,7 +85,7 @@ class WorkerLink:
             stack.callback(call.cancel)
             try:
                 heartbeat_s = await self._greet(call)
-                silence = Silence(self.peer_timeout_s, heartbeat_s)
+                silence = self._silence = Silence(self.peer_timeout_s, heartbeat_s)
                 ends = [asyncio.create_task(self._read(call, silence))]
                 stack.push_async_callback(_end_tasks, ends)
                 if heartbeat_s:

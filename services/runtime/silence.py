@@ -17,7 +17,14 @@ class Silence:
     def __init__(self, limit_s: float, peer_heartbeat_s: float) -> None:
         """A peer that promises fewer messages than usual gets more time: three of its intervals at least."""
         self.limit_s = max(limit_s, 3.0 * peer_heartbeat_s)
+        self._suspect_s = 0.4 * self.limit_s if peer_heartbeat_s else limit_s
+        self._silent_s = 0.0
         self._heard = False
+
+    @property
+    def is_suspect(self) -> bool:
+        """Silent for longer than it promised: nothing new should be given to it."""
+        return self._silent_s > self._suspect_s
 
     def heard(self) -> None:
         self._heard = True
@@ -26,10 +33,10 @@ class Silence:
         """Runs until the peer has been silent for too long."""
         loop = asyncio.get_running_loop()
         tick_s = self.limit_s / _TICKS
-        silent_s = 0.0
-        while silent_s < self.limit_s:
+        while self._silent_s < self.limit_s:
             self._heard = False
             began_s = loop.time()
             await asyncio.sleep(tick_s)
             # After a stall of our own, what was sent meanwhile is still to be read: the stall is nobody's silence.
-            silent_s = 0.0 if self._heard else silent_s + min(loop.time() - began_s, 2.0 * tick_s)
+            stretch_s = min(loop.time() - began_s, 2.0 * tick_s)
+            self._silent_s = 0.0 if self._heard else self._silent_s + stretch_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from baton.services.core.errors import BatonError, ErrorCode
@@ -79,11 +80,18 @@ class LadderWorld:
                     self.end, self.error = (outcome, error.code if error else None), error
 
     def look(self) -> None:
+        """Shows it the workers when it wants to see them; a wait for a worker is not waited out."""
+        if not self.ladder.is_waiting and self.ladder.wants_workers:
+            assert self.ladder.wake_s < math.inf, "it would sleep for good"
+            self.now = max(self.now, self.ladder.wake_s)
+        self.look_now()
+
+    def look_now(self) -> None:
         """Shows the ladder the workers that there are."""
         self.apply(self.ladder.on_workers(self._route, set(self.workers), self.now))
 
     def choose(self) -> tuple[str | None, str]:
-        """The same, and it must find some: the incarnations of prefill and decode worker."""
+        """Looks, and it must find some: the incarnations of prefill and decode worker."""
         num_starts = len(self.starts)
         self.look()
         assert len(self.starts) == num_starts + 1, f"no attempt began; the end is {self.end}"

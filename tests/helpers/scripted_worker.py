@@ -79,6 +79,10 @@ class ScriptedWorker:
         for stream in self._streams:
             stream.cancel()
 
+    def die(self) -> None:
+        """The whole process is gone."""
+        self._death = asyncio.ensure_future(self.stop())
+
     def freeze(self) -> None:
         """Not a word from now on, as when the process is stopped; connections stay."""
         self._is_awake.clear()

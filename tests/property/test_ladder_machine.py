@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from helpers.ladder_world import LadderWorld, decoder, prefiller, tokens
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from helpers.ladder_world import PROMPT, LadderWorld, decoder, prefiller, tokens
 
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.ladder import LadderState
@@ -15,65 +17,71 @@ from baton.services.core.router import Role
 
 MAX_TOKENS = 6
 LIMITS = LadderLimits(max_attempts=5, max_pair_attempts=2, max_wait_s=20.0, first_pause_s=0.5)
-FAILURES = [
-    ErrorCode.HANDOFF_FAILED,
-    ErrorCode.INTERNAL,
-    ErrorCode.DRAINING,
-    ErrorCode.OVERLOADED,
-    ErrorCode.WORKER_LOST,
-]
+FAILURES = [ErrorCode.HANDOFF_FAILED, ErrorCode.INTERNAL, ErrorCode.DRAINING, ErrorCode.OVERLOADED]
 # The draw of a token depends on its index alone, as it does in the engine: so a resumed answer is the same answer.
 ANSWER = [100 + index for index in range(MAX_TOKENS)]
 
 
-class LadderHistory(RuleBasedStateMachine):
-    """Workers answer, fail, vanish and return, and old attempts speak up again."""
+class History:
+    """Workers answer, fail, vanish and return, and old attempts speak up again. ``seed`` decides which and when."""
 
-    @initialize(num_prefill=st.integers(0, 3), num_decode=st.integers(0, 3), deadline_s=st.sampled_from([None, 15.0]))
-    def begin(self, num_prefill: int, num_decode: int, deadline_s: float | None) -> None:
-        workers = [prefiller(f"p{n}") for n in range(num_prefill)] + [decoder(f"d{n}") for n in range(num_decode)]
-        self.world = LadderWorld(workers, max_tokens=MAX_TOKENS, deadline_s=deadline_s, limits=LIMITS)
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        workers = [prefiller(f"p{n}") for n in range(self.rng.randrange(4))]
+        workers += [decoder(f"d{n}") for n in range(self.rng.randrange(4))]
+        deadline_s = self.rng.choice([None, None, 15.0])
+        self.world = LadderWorld(workers, max_tokens=MAX_TOKENS, deadline_s=deadline_s, limits=LIMITS, name=f"r{seed}")
         self.num_made = 0
         self.given: dict[tuple[int, str], int] = {}  # next index that a worker's part of an attempt will send
-        self.spoken: list[tuple[int, str]] = []
+        self.begun: list[tuple[int, str]] = []
+        self.moves: dict[Callable[[], None], int] = {
+            self.look: 6, self.answer: 8, self.lose: 2, self.fail: 2, self.come: 2, self.vanish: 1,
+            self.wait: 2, self.speak_late: 2,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        moves, weights = list(self.moves), list(self.moves.values())
+        for _ in range(40):
+            self.rng.choices(moves, weights)[0]()
+            self.check()
+        if self.rng.random() < 0.2:
+            self.world.apply(self.world.ladder.on_cancel(self.rng.choice(["stop", "abort"])))
+        self.let_end()
 
     @property
     def parts(self) -> list[tuple[int, str]]:
         return sorted(self.world.held)
 
+    @property
     def is_running(self) -> bool:
         return self.world.ladder.state is LadderState.RUNNING
 
-    @rule()
     def look(self) -> None:
         self.world.look()
-        for part in self.parts:
-            self.spoken.append(part)
+        self.begun += self.parts
 
-    @rule(seconds=st.sampled_from([0.1, 0.5, 3.0, 25.0]))
-    def wait(self, seconds: float) -> None:
-        self.world.now += seconds
+    def wait(self) -> None:
+        self.world.now += self.rng.choice([0.1, 0.5, 3.0])
         self.world.apply(self.world.ladder.on_time(self.world.now))
 
-    @rule(is_decode=st.booleans())
-    def come(self, is_decode: bool) -> None:
+    def come(self) -> None:
         self.num_made += 1
-        make = decoder if is_decode else prefiller
-        self.world.come(make(f"new{self.num_made}"))
+        self.world.come(self.rng.choice([decoder, prefiller])(f"new{self.num_made}"))
 
-    @precondition(is_running)
-    @rule(data=st.data(), count=st.integers(1, 3))
-    def answer(self, data: st.DataObject, count: int) -> None:
+    def answer(self) -> None:
         """A part goes on: the prefill worker gives the first token, the decode worker the others, or all of them."""
-        number, incarnation = data.draw(st.sampled_from(self.parts))
+        if not self.is_running:
+            return
+        number, incarnation = self.rng.choice(self.parts)
         attempt = self.world.starts[-1]
         chosen = attempt.attempt.decision.chosen
-        begin = len(attempt.token_ids) - 3
+        first = begin = len(attempt.token_ids) - len(PROMPT)
+        count = self.rng.randint(1, 3)
         if chosen.prefill is not None and incarnation == chosen.prefill.incarnation:
             if (number, incarnation) in self.given:
                 self.world.say(incarnation, PartOutput(handed_over=True))
                 return
-            first, count = begin, 1
+            count = 1
         else:
             first = self.given.get((number, incarnation), begin + (chosen.prefill is not None))
         last = min(first + count, MAX_TOKENS)
@@ -81,75 +89,70 @@ class LadderHistory(RuleBasedStateMachine):
         finish = FinishReason.LENGTH if last == MAX_TOKENS else None
         self.world.say(incarnation, PartOutput(tokens(first, *ANSWER[first:last], finish=finish)))
 
-    @precondition(is_running)
-    @rule(data=st.data(), code=st.sampled_from(FAILURES), retryable=st.sampled_from([True, True, True, False]))
-    def fail(self, data: st.DataObject, code: ErrorCode, retryable: bool) -> None:
-        _, incarnation = data.draw(st.sampled_from(self.parts))
-        self.world.say(incarnation, PartOutput(error=BatonError(code, "failed", retryable=retryable)))
+    def fail(self) -> None:
+        if self.is_running:
+            error = BatonError(self.rng.choice(FAILURES), "failed", retryable=self.rng.random() < 0.9)
+            self.world.say(self.rng.choice(self.parts)[1], PartOutput(error=error))
 
-    @precondition(is_running)
-    @rule(data=st.data(), comes_back=st.booleans())
-    def lose(self, data: st.DataObject, comes_back: bool) -> None:
-        _, incarnation = data.draw(st.sampled_from(self.parts))
-        worker = self.world.workers.get(incarnation)
-        self.world.lose(incarnation)
-        if comes_back and worker is not None:
-            self.world.come(worker)
+    def lose(self) -> None:
+        if self.is_running:
+            incarnation = self.rng.choice(self.parts)[1]
+            worker = self.world.workers.get(incarnation)
+            self.world.lose(incarnation)
+            if worker is not None and self.rng.random() < 0.5:
+                self.world.come(worker)
 
-    @rule(role=st.sampled_from(Role))
-    def all_of_a_pool_vanish(self, role: Role) -> None:
-        """Without a word about this request: their links are found broken later."""
-        for incarnation, worker in list(self.world.workers.items()):
-            if worker.role is role:
-                del self.world.workers[incarnation]
+    def vanish(self) -> None:
+        """A pool goes without a word about this request: the links are found broken later."""
+        role = self.rng.choice([Role.PREFILL, Role.DECODE])
+        self.world.workers = {name: w for name, w in self.world.workers.items() if w.role is not role}
 
-    @precondition(lambda self: self.spoken)
-    @rule(data=st.data())
-    def speak_late(self, data: st.DataObject) -> None:
+    def speak_late(self) -> None:
         """A part that is over says something: a frozen worker has woken."""
-        number, incarnation = data.draw(st.sampled_from(self.spoken))
-        if (number, incarnation) in self.world.held:
-            return
-        before = list(self.world.emitted)
-        output = PartOutput(tokens(0, 999, finish=FinishReason.STOP))
-        self.world.apply(self.world.ladder.on_output(number, incarnation, output, self.world.now))
-        assert self.world.emitted == before
+        over = [part for part in self.begun if part not in self.world.held]
+        if over:
+            number, incarnation = self.rng.choice(over)
+            before = list(self.world.emitted)
+            output = PartOutput(tokens(0, 999, finish=FinishReason.STOP))
+            self.world.apply(self.world.ladder.on_output(number, incarnation, output, self.world.now))
+            assert self.world.emitted == before
 
-    @precondition(is_running)
-    @rule(is_stop=st.booleans())
-    def cancel(self, is_stop: bool) -> None:
-        self.world.apply(self.world.ladder.on_cancel("stop" if is_stop else "abort"))
+    def check(self) -> None:
+        world, ladder = self.world, self.world.ladder
+        assert world.emitted == ANSWER[: len(world.emitted)]
+        assert len(world.starts) <= LIMITS.max_attempts
+        assert sum(s.attempt.decision.chosen.prefill is not None for s in world.starts) <= LIMITS.max_pair_attempts
+        if not self.is_running:
+            assert not world.held
+        if ladder.wants_workers:
+            assert ladder.wake_s <= world.now + LIMITS.max_wait_s, "it sleeps for good"
 
-    @invariant()
-    def tokens_are_right(self) -> None:
-        assert self.world.emitted == ANSWER[: len(self.world.emitted)]
-
-    @invariant()
-    def limits_are_kept(self) -> None:
-        ladder = self.world.ladder
-        assert len(self.world.starts) <= LIMITS.max_attempts
-        num_pairs = sum(start.attempt.decision.chosen.prefill is not None for start in self.world.starts)
-        assert num_pairs <= LIMITS.max_pair_attempts
-        assert len(ladder.token_ids) <= MAX_TOKENS
-        if not self.is_running():
-            assert not self.world.held
-
-    def teardown(self) -> None:
-        """Every history ends, when time goes on and nobody says anything any more."""
-        if not hasattr(self, "world"):
-            return
+    def let_end(self) -> None:
+        """Every history ends when time goes on and nobody says anything any more."""
         for _ in range(60):
             if self.world.end is not None:
                 break
             self.world.now += 5.0
             self.world.look()
-            for _, incarnation in self.parts:
-                if self.is_running():
-                    self.world.lose(incarnation)
+            if self.is_running:
+                self.world.lose(self.parts[0][1])
+            self.check()
         self.world.check()
         if self.world.end is not None and self.world.end[0] == "length":
             assert self.world.emitted == ANSWER
 
 
-TestLadderHistory = LadderHistory.TestCase
-TestLadderHistory.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+@pytest.mark.parametrize("part", range(4))
+def test_every_history_has_one_end_and_the_right_tokens(part: int) -> None:
+    ends: Counter[object] = Counter()
+    rungs: Counter[str] = Counter()
+    for seed in range(600 * part, 600 * (part + 1)):
+        history = History(seed)
+        history.run()
+        ends[history.world.end] += 1
+        rungs.update(history.world.ladder.fallbacks)
+    # The histories went everywhere.
+    assert ends["length", None] > 60
+    assert {"error", "abort", "stop", "refused"} <= {str(end[0]) for end in ends}  # type: ignore[index]
+    assert {ErrorCode.QUARANTINED, ErrorCode.NO_WORKERS} <= {end[1] for end in ends}  # type: ignore[index]
+    assert len(rungs) == 6

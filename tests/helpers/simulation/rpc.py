@@ -58,9 +58,9 @@ class _Call:
 
     # What arrives.
 
-    def on_metadata(self) -> None:
+    def on_metadata(self, metadata: Any = EMPTY) -> None:
         if not self._metadata.done():
-            self._metadata.set_result(EMPTY)
+            self._metadata.set_result(metadata)
 
     def on_message(self, data: bytes) -> None:
         self._inbox.put_nowait(data)

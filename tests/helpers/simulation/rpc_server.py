@@ -18,7 +18,7 @@ EMPTY = grpc.aio.Metadata()
 class Caller(Protocol):
     """The client's side of a call, as messages reach it."""
 
-    def on_metadata(self) -> None: ...
+    def on_metadata(self, metadata: Any) -> None: ...
 
     def on_message(self, data: bytes) -> None: ...
 
@@ -110,10 +110,10 @@ class ServerCall:
             name = self._path.rpartition("/")[2]
             connection.network.on_message(f"{name}<", connection.server, connection.client)
 
-    def _say_metadata(self) -> None:
+    def _say_metadata(self, metadata: Any = EMPTY) -> None:
         if not self._has_metadata:
             self._has_metadata = True
-            self.down.send(self._remote.on_metadata)
+            self.down.send(self._remote.on_metadata, metadata)
 
     def _finish(self, code: grpc.StatusCode, details: str, trailers: Any) -> None:
         if not self._has_ended:
@@ -129,7 +129,7 @@ class ServerCall:
     # grpc.aio.ServicerContext, as far as it is used.
 
     async def send_initial_metadata(self, metadata: Sequence[Any]) -> None:
-        self._say_metadata()
+        self._say_metadata(grpc.aio.Metadata(*metadata))
 
     async def write(self, message: Any) -> None:
         self._send(self._serialize(message))

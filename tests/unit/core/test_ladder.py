@@ -118,6 +118,17 @@ def test_two_lost_workers_are_the_end_of_it() -> None:
     world.check()
 
 
+def test_after_a_loss_it_waits_a_moment_for_what_else_went_down() -> None:
+    """Two decode workers of one host die: the request must not count both, and be quarantined for it."""
+    world = make(limits=LadderLimits(loss_pause_s=0.1))
+    world.lose(world.choose()[1])
+    world.look_now()
+    assert (len(world.starts), world.ladder.wake_s, world.ladder.is_waiting) == (1, 0.1, False)
+    world.workers = {"d7": decoder("d7")}
+    world.now = 0.1
+    assert world.choose() == (None, "d7")
+
+
 def test_a_worker_whose_link_came_back_did_not_die_of_the_request() -> None:
     world = make(workers=[decoder("d0")])
     for _ in range(3):

@@ -1,0 +1,289 @@
+"""Real processes that are killed, stopped and woken under streams: the client notices nothing, and nothing stays held."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from helpers.oracle import Subject, make_prompt, make_subject
+from helpers.serving import Serving, serving
+from helpers.waiting import eventually_sync
+
+OPTIONS = ("--kv-cache-memory", "32MiB", "--dtype", "float32", "--served-model-name", "tiny")
+NUM_TOKENS = 200
+PATIENCE_S = 90.0
+GREEDY = {"temperature": 0}
+SEEDED = {
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "seed": 7,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.3,
+    "frequency_penalty": 0.1,
+    "logit_bias": {"17": 2.0},
+    "min_tokens": 150,
+}
+LOGPROBS = {"temperature": 0, "logprobs": 2}
+KINDS = {"greedy": GREEDY, "seeded": SEEDED, "logprobs": LOGPROBS}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return make_subject("qwen3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def server(subject: Subject) -> Iterator[Serving]:
+    with serving("--model", str(subject.path), *OPTIONS, "--prefill", "2", "--decode", "2") as running:
+        yield running
+
+
+@dataclass
+class Stream:
+    """A client's stream, read on a thread of its own."""
+
+    server: Serving
+    body: dict[str, Any]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+    request_id: str = ""
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            with httpx.stream(
+                "POST", f"{self.server.url}/v1/completions", json=self.body, timeout=PATIENCE_S
+            ) as response:
+                if response.status_code != 200:
+                    self.problem = f"{response.status_code}: {response.read().decode()}"
+                    return
+                self.request_id = response.headers["x-request-id"]
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        self._take(json.loads(line.removeprefix("data: ")))
+        except httpx.HTTPError as error:
+            self.problem = repr(error)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "error" in event:
+            self.problem = str(event["error"])
+        self.usage = event.get("usage") or self.usage
+        for choice in event.get("choices", ()):
+            self.tokens += choice.get("token_ids") or ()
+            self.text += choice["text"]
+            self.logprobs += (choice.get("logprobs") or {}).get("token_logprobs", ())
+            self.finish_reason = choice["finish_reason"] or self.finish_reason
+
+    def wait_for(self, num_tokens: int) -> None:
+        eventually_sync(
+            lambda: len(self.tokens) >= num_tokens or self.problem, timeout_s=PATIENCE_S, what=f"token {num_tokens}"
+        )
+        assert self.problem is None
+
+    def finish(self) -> Stream:
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive(), f"{len(self.tokens)} tokens and no end"
+        assert self.problem is None, self.problem
+        return self
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        return dict(self.server.get(f"/v1/requests/{self.request_id}").json())
+
+
+def start(server: Serving, number: int, **parameters: Any) -> Stream:
+    body = {
+        "model": "tiny",
+        "prompt": list(make_prompt(40, seed=number)),
+        "max_tokens": NUM_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    return Stream(server, {**body, **parameters})
+
+
+@pytest.fixture(scope="module")
+def expected(server: Serving) -> dict[str, Stream]:
+    """What each kind of request answers when nothing fails."""
+    answers = {kind: start(server, 5, **parameters).finish() for kind, parameters in KINDS.items()}
+    text = answers["greedy"].text
+    stop = next(text[i : i + 5] for i in range(len(text) // 2, len(text)) if text.find(text[i : i + 5]) == i)
+    answers["stop"] = start(server, 5, **GREEDY, stop=[stop]).finish()
+    assert answers["stop"].finish_reason == "stop"
+    assert 20 < len(answers["stop"].tokens) < NUM_TOKENS
+    return answers
+
+
+def start_all(server: Serving, expected: dict[str, Stream], copies: int = 1) -> list[tuple[str, Stream]]:
+    """One stream of each kind, and a few more, so that every worker has some."""
+    return [(kind, Stream(server, answer.body)) for kind, answer in expected.items() for _ in range(copies)]
+
+
+def check_all(streams: list[tuple[str, Stream]], expected: dict[str, Stream]) -> None:
+    for kind, stream in streams:
+        wanted = expected[kind]
+        stream.finish()
+        assert stream.tokens == wanted.tokens, kind
+        assert (stream.text, stream.finish_reason) == (wanted.text, wanted.finish_reason), kind
+        for figure in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            assert stream.usage[figure] == wanted.usage[figure], kind
+        assert stream.logprobs == pytest.approx(wanted.logprobs, abs=1e-3), kind
+
+
+def workers(server: Serving, role: str) -> list[psutil.Process]:
+    return [psutil.Process(worker["pid"]) for worker in server.workers() if worker["role"] == role]
+
+
+def whole(server: Serving) -> bool:
+    return [worker["state"] for worker in server.workers()] == ["ready"] * 4
+
+
+def is_ready(server: Serving) -> bool:
+    try:
+        return server.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def busy(server: Serving, role: str) -> psutil.Process:
+    """A worker of the role that runs something."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [w["pid"] for w in server.workers() if w["role"] == role and w["running"] and w["state"] == "ready"]
+        return bool(found)
+
+    eventually_sync(look, timeout_s=PATIENCE_S, what=f"a busy {role} worker")
+    return psutil.Process(found[0])
+
+
+@contextmanager
+def healing(server: Serving) -> Iterator[None]:
+    """Before and after, every worker is there and holds nothing."""
+    eventually_sync(lambda: whole(server), timeout_s=PATIENCE_S, what="all four workers")
+    yield
+    eventually_sync(lambda: whole(server), timeout_s=PATIENCE_S, what="the return of the workers")
+    server.assert_clean(PATIENCE_S)
+
+
+@contextmanager
+def stopped(*processes: psutil.Process) -> Iterator[None]:
+    with ExitStack() as stack:
+        for process in processes:
+            process.suspend()
+            stack.callback(process.resume)
+        yield
+
+
+def test_a_decode_worker_that_is_killed_under_streams_changes_no_token(
+    server: Serving, expected: dict[str, Stream]
+) -> None:
+    with healing(server):
+        streams = start_all(server, expected, copies=2)
+        streams[-1][1].wait_for(20)
+        busy(server, "decode").kill()
+        check_all(streams, expected)
+        receipts = [stream.receipt for _, stream in streams]
+        assert any("other_decode" in receipt["fallbacks"] for receipt in receipts)
+        assert all(receipt["retries"] == len(receipt["attempts"]) - 1 for receipt in receipts)
+        assert "baton_fallbacks_total" in server.get("/metrics").text
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_a_worker_that_is_stopped_and_woken_changes_no_token(
+    server: Serving, expected: dict[str, Stream], role: str
+) -> None:
+    """The streams end while it sleeps; on waking it serves nothing of what it had, and then it serves again."""
+    with healing(server):
+        (first, *_) = workers(server, role)
+        streams = start_all(server, expected, copies=2)
+        if role == "decode":
+            streams[0][1].wait_for(5)
+            first = busy(server, role)
+        with stopped(first):
+            more = start_all(server, expected)
+            check_all(streams + more, expected)
+        eventually_sync(lambda: whole(server), timeout_s=PATIENCE_S, what="its return")
+        check_all(start_all(server, expected), expected)
+
+
+def test_without_prefill_workers_decode_workers_prefill_and_ready_says_so(
+    server: Serving, expected: dict[str, Stream]
+) -> None:
+    with healing(server):
+        pool = workers(server, "prefill")
+        streams = start_all(server, expected)
+        with stopped(*pool):
+            check_all(streams, expected)
+            eventually_sync(
+                lambda: "degraded" in server.get("/ready").text, timeout_s=PATIENCE_S, what="the degraded flag"
+            )
+            assert server.get("/ready").status_code == 200
+            more = start_all(server, expected)
+            check_all(more, expected)
+            assert {stream.receipt["decision"]["mode"] for _, stream in more} == {"local"}
+        # Back, and used again.
+        eventually_sync(lambda: "reason" not in server.get("/ready").json(), timeout_s=PATIENCE_S)
+        assert start(server, 6).finish().receipt["decision"]["mode"] == "remote"
+
+
+def test_without_decode_workers_requests_wait_for_one(server: Serving, expected: dict[str, Stream]) -> None:
+    with healing(server):
+        pool = workers(server, "decode")
+        streams = start_all(server, expected)
+        streams[0][1].wait_for(5)
+        with stopped(*pool):
+            eventually_sync(lambda: not is_ready(server), timeout_s=PATIENCE_S, what="the gateway's noticing")
+            late = [("greedy", Stream(server, expected["greedy"].body))]
+            eventually_sync(
+                lambda: any(
+                    line.startswith("baton_queued_requests") and float(line.split()[-1]) >= len(streams)
+                    for line in server.get("/metrics").text.splitlines()
+                ),
+                timeout_s=PATIENCE_S,
+                what="queued requests",
+            )
+        check_all(streams + late, expected)
+        assert "queued" in late[0][1].receipt["fallbacks"]
+
+
+def test_a_gateway_that_stops_loses_its_requests_on_the_workers_and_goes_on_when_it_wakes(
+    server: Serving, expected: dict[str, Stream]
+) -> None:
+    with healing(server):
+        gateway = next(child for child in server.children() if "gateway" in child.cmdline())
+        (decode, *_) = workers(server, "decode")
+        streams = start_all(server, expected)
+        streams[0][1].wait_for(5)
+        connections = len(decode.net_connections("tcp"))
+        with stopped(gateway):
+            eventually_sync(lambda: len(decode.net_connections("tcp")) <= connections, timeout_s=PATIENCE_S)
+        check_all(streams, expected)
+
+
+def test_a_gateway_that_is_killed_leaves_nothing_on_the_workers(server: Serving, expected: dict[str, Stream]) -> None:
+    with healing(server):
+        gateway = next(child for child in server.children() if "gateway" in child.cmdline())
+        streams = start_all(server, expected)
+        streams[0][1].wait_for(5)
+        gateway.send_signal(signal.SIGKILL)
+        gateway.wait(PATIENCE_S)
+        eventually_sync(lambda: is_ready(server), timeout_s=PATIENCE_S, what="a new gateway")
+        check_all(start_all(server, expected), expected)
