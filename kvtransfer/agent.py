@@ -27,9 +27,12 @@ from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.receiving import ReceivingSide
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff, SendingSide
 from baton.kvtransfer.service import KVTransferClient, add_to_server, open_local_channel
+from baton.kvtransfer.shape import LinkShape, ShapedLink
 from baton.kvtransfer.stats import TransferStats
+from baton.kvtransfer.transport.base import Transport
 from baton.kvtransfer.transport.listener import DataListener
 from baton.kvtransfer.transport.registry import make_transports
+from baton.kvtransfer.transport.shaper import ShapedTransport
 from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 
 _WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - recognised, not chosen
@@ -80,13 +83,14 @@ class TransferAgent:
         self._open_channel = open_channel
         self._copying = ThreadPoolExecutor(_NUM_COPY_THREADS, thread_name_prefix="kv-copy")
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="kv-send")
+        options = options or TransferOptions()
         self._context = AgentContext(
             identity,
             compatibility,
             memory,
-            make_transports(transports, memory, self._copying),
+            _shaped(make_transports(transports, memory, self._copying), options.link_shape, memory.block_bytes),
             self._hashing,
-            options or TransferOptions(),
+            options,
             TransferStats(),
             clock,
             self._connect,
@@ -198,3 +202,11 @@ class TransferAgent:
     def _connect(self, address: str) -> PeerClient:
         timeout_s = self._context.options.rpc_timeout_s
         return KVTransferClient(self._open_channel(address), address, timeout_s=timeout_s)
+
+
+def _shaped(transports: dict[str, Transport], shape: LinkShape | None, block_bytes: int) -> dict[str, Transport]:
+    """All of them over one link of that shape: a worker has one, whatever its blocks come by."""
+    if shape is None:
+        return transports
+    link = ShapedLink(shape)
+    return {name: ShapedTransport(transport, link, block_bytes) for name, transport in transports.items()}

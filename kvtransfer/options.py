@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.protocol import HandoffLimits
+from baton.kvtransfer.shape import LinkShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +26,6 @@ class TransferOptions:
     max_unknown_connections: int = 64  # connections that have not said who they are
     max_connections_per_peer: int = 4  # more than one only while a broken one is being replaced
     max_waiting_reservations: int = 1024  # reservations that wait for their announcement
+    link_shape: LinkShape | None = (
+        None  # incoming blocks are reported as if they came over such a link; None: as they come
+    )

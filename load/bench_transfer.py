@@ -8,22 +8,36 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.messages import FirstToken
-from baton.kvtransfer.sending import HandoffSpec
+from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
 from baton.kvtransfer.transport.registry import TRANSPORT_NAMES
 from baton.load.limits import MemoryCopy, SocketLoop
 from baton.load.report import Row, median_row
-from baton.load.transfer_peer import LAYOUTS, RECEIVER, SENDER, PeerSpec, as_argument, make_agent, round_trip_s
+from baton.load.transfer_peer import (
+    LAYOUTS,
+    RECEIVER,
+    SENDER,
+    PeerSpec,
+    as_argument,
+    make_agent,
+    receiver,
+    round_trip_s,
+)
 
 BULK_BYTES = {"4 KiB": 48 << 20, "6 KiB": 48 << 20, "192 KiB": 192 << 20, "1 MiB": 192 << 20}
 """Bytes of one handoff, by layout. Tiny blocks in fewer bytes: that is 12,288 and 8,192 blocks, and no prompt is longer."""
 
 LATENCY_LAYOUT = "360 KiB"
 LATENCY_SIZES = {"1 block": 1, "1k tokens": 64, "8k tokens": 512}
+
+# A prompt of 4,096 tokens in chunks of 256, over a link that takes 0.4 s for its KV; computing takes 12 times as long.
+OVERLAP_LAYOUT, OVERLAP_BLOCKS, NUM_CHUNKS = "192 KiB", 256, 16
+OVERLAP_BYTES_PER_S = 120e6
+COMPUTE_TO_TRANSFER = 12
 _numbers = itertools.count()
 
 
@@ -36,6 +50,8 @@ def bench_transfer(repeats: int = 9) -> list[Row]:
             rows += asyncio.run(_bench_bulk(spec, repeats))
         spec = PeerSpec(transport, LATENCY_LAYOUT, max(LATENCY_SIZES.values()))
         rows += asyncio.run(_bench_latency(spec, 2 * repeats))
+        spec = PeerSpec(transport, OVERLAP_LAYOUT, OVERLAP_BLOCKS, OVERLAP_BYTES_PER_S)
+        rows += asyncio.run(_bench_overlap(spec, 3))
     return rows
 
 
@@ -44,7 +60,7 @@ async def _bench_bulk(spec: PeerSpec, repeats: int) -> list[Row]:
     limit: MemoryCopy | SocketLoop = SocketLoop(num_bytes) if spec.transport == "tcp" else MemoryCopy(num_bytes)
     limit_name = "socket loop, 2 processes" if spec.transport == "tcp" else "memory copy, 1 thread"
     speeds, limit_speeds = [], []
-    with _receiver(spec) as address:
+    async with _receiver(spec) as address:
         agent, memory = make_agent(SENDER, spec)
         await agent.start()
         try:
@@ -62,7 +78,7 @@ async def _bench_bulk(spec: PeerSpec, repeats: int) -> list[Row]:
 
 async def _bench_latency(spec: PeerSpec, repeats: int) -> list[Row]:
     rows = []
-    with _receiver(spec) as address:
+    async with _receiver(spec) as address:
         agent, memory = make_agent(SENDER, spec)
         await agent.start()
         try:
@@ -83,24 +99,63 @@ async def _bench_latency(spec: PeerSpec, repeats: int) -> list[Row]:
     return rows
 
 
+async def _bench_overlap(spec: PeerSpec, repeats: int) -> list[Row]:
+    """What is left to see of the transfer when chunks are sent while the next is computed, beside all of it at the end."""
+    assert spec.bytes_per_s is not None
+    compute_s = COMPUTE_TO_TRANSFER * spec.num_blocks * spec.block_bytes / spec.bytes_per_s
+    visible_ms, whole_ms = [], []
+    async with _receiver(spec) as address:
+        agent, memory = make_agent(SENDER, spec)
+        await agent.start()
+        try:
+            await handoff_s(agent, address, 1)
+            for _ in range(repeats):
+                whole_ms.append(await handoff_s(agent, address, spec.num_blocks) * 1e3)
+                handoff = await _open(agent, address, spec.num_blocks)
+                per_chunk = spec.num_blocks // NUM_CHUNKS
+                for first in range(0, spec.num_blocks, per_chunk):
+                    await asyncio.sleep(compute_s / NUM_CHUNKS)  # another device computes
+                    handoff.blocks_ready({index: index for index in range(first, first + per_chunk)})
+                begin = time.perf_counter()
+                await handoff.commit(FirstToken(1))
+                visible_ms.append((time.perf_counter() - begin) * 1e3)
+        finally:
+            await agent.close()
+            memory.close()
+    what = f"{spec.transport}, transfer seen after {NUM_CHUNKS} chunks, computing {COMPUTE_TO_TRANSFER}:1"
+    return [median_row(what, "ms", visible_ms, "without overlap", whole_ms)]
+
+
 async def handoff_s(agent: TransferAgent, address: str, num_blocks: int) -> float:
     """Seconds from the moment when the blocks are there, with slots granted before, to the acknowledgement."""
-    number = next(_numbers)
-    names = [number.to_bytes(8, "little") + index.to_bytes(8, "little") for index in range(num_blocks)]
-    spec = HandoffSpec(f"bench-{number}", 1, RECEIVER, address, names, num_blocks * 16)
-    handoff = agent.open(spec)
-    while not handoff.holds_lease:  # noqa: ASYNC110  granted in another task, which has nobody else to tell
-        await asyncio.sleep(0.0005)
+    handoff = await _open(agent, address, num_blocks)
     begin = time.perf_counter()
     handoff.blocks_ready({index: index for index in range(num_blocks)})
     await handoff.commit(FirstToken(1))
     return time.perf_counter() - begin
 
 
-@contextmanager
-def _receiver(spec: PeerSpec) -> Iterator[str]:
+async def _open(agent: TransferAgent, address: str, num_blocks: int) -> SenderHandoff:
+    """A handoff that has its slots."""
+    number = next(_numbers)
+    names = [number.to_bytes(8, "little") + index.to_bytes(8, "little") for index in range(num_blocks)]
+    handoff = agent.open(HandoffSpec(f"bench-{number}", 1, RECEIVER, address, names, num_blocks * 16))
+    while not handoff.holds_lease:  # granted in another task, which has nobody else to tell
+        if (error := await handoff.wait() if handoff.is_over else None) is not None:
+            raise error
+        await asyncio.sleep(0.0005)
+    return handoff
+
+
+@asynccontextmanager
+async def _receiver(spec: PeerSpec) -> AsyncIterator[str]:
+    """The gRPC address of a receiver: another process, except for the transport that stays in one."""
+    if spec.transport == "inproc":
+        async with receiver(spec) as address:
+            yield address
+        return
     command = [sys.executable, "-m", "baton.load.transfer_peer", as_argument(spec)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220, S603
     assert process.stdout is not None
     try:
         address = process.stdout.readline().strip()

@@ -7,7 +7,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 
 import grpc.aio
@@ -20,6 +21,8 @@ from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility, KVLayout
 from baton.kvtransfer.memory import HostBlockMemory
 from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
+from baton.kvtransfer.options import TransferOptions
+from baton.kvtransfer.shape import LinkShape
 from baton.services.runtime.grpc import create_channel, create_server
 
 SENDER = WorkerIdentity("bench-sender", "0" * 32)
@@ -42,6 +45,7 @@ class PeerSpec:
     transport: str
     layout: str  # a key of LAYOUTS
     num_blocks: int
+    bytes_per_s: float | None = None  # of the link that is imitated; None: the machine's own
 
     @property
     def block_bytes(self) -> int:
@@ -73,13 +77,20 @@ def make_agent(identity: WorkerIdentity, spec: PeerSpec) -> tuple[TransferAgent,
     memory.tensor.numpy()[:] = np.random.default_rng(1).integers(0, 256, len(memory.tensor), np.uint8)
     compatibility = Compatibility("bench", LAYOUTS[spec.layout])
     agent = TransferAgent(
-        identity, compatibility, memory, Pool(), transports=spec.transport, open_channel=create_channel
+        identity,
+        compatibility,
+        memory,
+        Pool(),
+        transports=spec.transport,
+        options=TransferOptions(link_shape=LinkShape(spec.bytes_per_s) if spec.bytes_per_s else None),
+        open_channel=create_channel,
     )
     return agent, memory
 
 
-async def receive(spec: PeerSpec) -> None:
-    """Serves until standard input ends. The first line of output is the gRPC address."""
+@asynccontextmanager
+async def receiver(spec: PeerSpec) -> AsyncIterator[str]:
+    """Serves while it is open; the gRPC address."""
     agent, memory = make_agent(RECEIVER, spec)
     server = create_server()
     agent.add_to_server(server)
@@ -89,11 +100,19 @@ async def receive(spec: PeerSpec) -> None:
     # Handoffs are numbered: all that a run will make are announced at once.
     for number in range(10_000):
         agent.expect(HandoffKey(f"bench-{number}", 1), SENDER)
-    print(f"127.0.0.1:{port}", flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    await agent.close()
-    await server.stop(0)
-    memory.close()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await agent.close()
+        await server.stop(0)
+        memory.close()
+
+
+async def receive(spec: PeerSpec) -> None:
+    """Serves until standard input ends. The first line of output is the gRPC address."""
+    async with receiver(spec) as address:
+        print(address, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
 
 
 async def round_trip_s(address: str, repeats: int = 50) -> float:

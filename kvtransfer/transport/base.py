@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from baton.kvtransfer.mapping import SharedMemory
 from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
@@ -58,9 +58,18 @@ class Arrival:
 class Transport(Protocol):
     """One way of moving blocks, for both directions of one worker. Lives on the event loop."""
 
-    name: ClassVar[str]
-    kind: ClassVar[FrameKind]  # of the frames that announce its blocks
-    is_inline: ClassVar[bool]  # their bytes follow the frame; else the sender keeps its rows until the verdict
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> FrameKind:
+        """Of the frames that announce its blocks."""
+        ...
+
+    @property
+    def is_inline(self) -> bool:
+        """Their bytes follow the frame; else the sender keeps its rows until the verdict."""
+        ...
 
     def offer(self) -> SharedMemory | bytes | None:
         """Sender: what the receiver needs to know to ``attach``. Bytes come back in ``Offer.tickets``."""

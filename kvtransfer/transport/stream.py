@@ -26,7 +26,7 @@ _log = structlog.get_logger(__name__)
 # Bytes moved in one callback: about 0.2 ms of copying in the kernel.
 _TURN_BYTES = 1024 * 1024
 # A payload's bytes are read when so many are there, not sooner: fewer turns of the event loop, and longer copies in each.
-_LOW_WATER_BYTES = 512 * 1024
+_LOW_WATER_BYTES = 128 * 1024
 # How long a thread waits for room in the socket. A peer that keeps up makes some sooner; for another one the event loop waits.
 _ROOM_WAIT_MS = 5
 # Buffers in one system call; the kernel's own limit is 1024.

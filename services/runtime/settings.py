@@ -171,6 +171,12 @@ class ModelSettings(Settings):
     transport: Literal["auto", "shm", "tcp"] = Field(
         "auto", description="How KV blocks travel. auto: shm on one host, tcp else."
     )
+    kv_link_mb_per_s: float | None = Field(
+        None, gt=0, description="For tests: KV blocks arrive as if over a link of so many megabytes per second."
+    )
+    kv_link_latency_ms: float = Field(
+        0.0, ge=0, le=60_000, description="For tests: and so many milliseconds later; needs --kv-link-mb-per-s."
+    )
     block_size: int = Field(16, ge=1, le=256, description="Tokens per KV block; a power of two.")
     kv_cache_memory: Size = Field(ByteSize(1024 * _MIB), description="KV cache of each worker, for example 512MiB.")
     max_model_len: int | None = Field(

@@ -21,6 +21,8 @@ from baton.kvtransfer.identity import WorkerIdentity
 from baton.kvtransfer.incoming import ReceiverHost
 from baton.kvtransfer.layout import Compatibility, KVLayout
 from baton.kvtransfer.memory import BlockMemory, HostBlockMemory
+from baton.kvtransfer.options import TransferOptions
+from baton.kvtransfer.shape import LinkShape
 from baton.kvtransfer.staging import StagedBlockMemory
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
@@ -203,6 +205,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 self.receiver(worker),
                 holder=worker.fetcher,
                 transports=settings.transport,
+                options=_transfer_options(settings),
                 data_host=settings.host,
                 data_port=settings.kv_port,
                 advertised_host=settings.public_host,
@@ -365,3 +368,9 @@ def _add_report(status: pb.WorkerStatus, report: PoolReport) -> None:
     status.running = stats.running
     status.queued_tokens = stats.queued_tokens
     status.preemptions_total = stats.preemptions_total
+
+
+def _transfer_options(settings: WorkerSettings) -> TransferOptions:
+    if settings.kv_link_mb_per_s is None:
+        return TransferOptions()
+    return TransferOptions(link_shape=LinkShape(settings.kv_link_mb_per_s * 1e6, settings.kv_link_latency_ms / 1e3))
