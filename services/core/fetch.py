@@ -7,7 +7,7 @@ announced: a wrong one costs a question, so the worker is told how long to wait,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from baton.services.core.cost_model import LinkCost
@@ -15,8 +15,9 @@ from baton.services.core.cost_model import LinkCost
 FETCH_FAILED = "fetch_failed"
 """The reason of ``baton_fallbacks_total``: the blocks did not come, and were computed."""
 
-# The question, the grant and the commit come one after the other, and no computing hides them.
+# The question, the grant and the commit come one after the other, and no computing hides them. Until a fetch was measured.
 ROUND_TRIPS_S = 4e-3
+_MOST_ROUND_TRIPS_S = 50e-3  # one slow moment must not end fetching for good: nothing would be measured any more
 
 
 class FetchMode(StrEnum):
@@ -29,10 +30,18 @@ class FetchMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FetchPolicy:
-    """``min_patience_s``: waited at least, since no cost model knows a slow moment of a peer."""
+    """``min_patience_s``: waited at least, since no cost model knows a slow moment of a peer. ``round_trips_s``: what a fetch
+    takes besides its bytes."""
 
     mode: FetchMode = FetchMode.AUTO
     min_patience_s: float = 2.0
+    round_trips_s: float = ROUND_TRIPS_S
+
+    def learned(self, plan: FetchPlan, took_s: float) -> FetchPolicy:
+        """After a fetch that went as planned: a fifth of its surprise is believed."""
+        surprise_s = took_s - plan.fetch_s
+        round_trips_s = self.round_trips_s + 0.2 * surprise_s
+        return replace(self, round_trips_s=min(max(round_trips_s, 1e-3), _MOST_ROUND_TRIPS_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,37 @@ class FetchPlan:
     fetch_s: float  # predicted
     compute_s: float  # what computing them instead would take
     patience_s: float  # then compute: together that is at most what computing at once would have taken, and a little
+
+
+# What a holder or its peer says at once, and may not say the next time.
+_PASSING = frozenset({"evicted", "no_capacity", "draining"})
+_FIRST_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 80.0
+_MAX_REMEMBERED = 1024
+
+
+@dataclass(slots=True)
+class FetchPauses:
+    """Pairs (holder, needer; by incarnation) between which a fetch failed: they are left alone for a while, twice as long
+    each time, since every failure may have cost a request its patience."""
+
+    _pauses: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)  # pair -> until when, its length
+
+    def failed(self, pair: tuple[str, str], code: str, now: float) -> None:
+        if code in _PASSING:
+            return
+        _, length_s = self._pauses.pop(pair, (0.0, _FIRST_PAUSE_S / 2))
+        length_s = min(2 * length_s, _LONGEST_PAUSE_S)
+        self._pauses[pair] = (now + length_s, length_s)
+        while len(self._pauses) > _MAX_REMEMBERED:
+            del self._pauses[next(iter(self._pauses))]
+
+    def succeeded(self, pair: tuple[str, str]) -> None:
+        self._pauses.pop(pair, None)
+
+    def at(self, now: float) -> frozenset[tuple[str, str]]:
+        """Those that are not to fetch now."""
+        return frozenset(pair for pair, (until_s, _) in self._pauses.items() if until_s > now)
 
 
 def plan_fetch(
@@ -74,7 +114,7 @@ def plan_fetch(
         if holder_id == needer_id or num_new <= 0:
             continue
         compute_s = num_new * block_size * prefill_s_per_token
-        fetch_s = ROUND_TRIPS_S + links[holder_id].transfer_s(num_new * block_bytes)
+        fetch_s = policy.round_trips_s + links[holder_id].transfer_s(num_new * block_bytes)
         if policy.mode is FetchMode.AUTO and fetch_s >= compute_s:
             continue
         if best is None or compute_s - fetch_s > best.compute_s - best.fetch_s:

@@ -73,6 +73,7 @@ class RoutedRequest:
     excluded_pairs: Collection[tuple[str, str]] = ()  # prefill and decode incarnations that failed it together
     preferred: Collection[str] = ()  # incarnations that hold blocks of it: before the price counts
     fetch: FetchPolicy | None = None  # None: blocks that others hold are not fetched
+    no_fetch: Collection[tuple[str, str]] = ()  # holder and needer, by incarnation: it failed lately
 
     def num_uncached_tokens(self, worker_id: str, fetch: FetchPlan | None = None) -> int:
         num_blocks = self.cached_blocks.get(worker_id, 0) if fetch is None else fetch.num_blocks
@@ -177,6 +178,7 @@ def _plan_fetch(
         worker.worker_id: _link(worker, needer, links)
         for worker in workers
         if worker.compatibility == needer.compatibility
+        and (worker.incarnation, needer.incarnation) not in request.no_fetch
     }
     return plan_fetch(
         request.fetch,

@@ -225,6 +225,10 @@ async def test_a_holder_that_stops_answering_is_not_waited_for_long(
         assert receipt["fallbacks"] == ["fetch_failed"]
         assert receipt["fetch"]["error"] == "expired"
         assert receipt["retries"] == 0
+        # And the next one does not wait at all.
+        await talk.turn(make_prompt(5, seed=3))
+        assert talk.receipt()["fetch"] is None
+        assert talk.receipt()["fallbacks"] == []
         await cluster.assert_clean()
 
 

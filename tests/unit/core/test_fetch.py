@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from baton.services.core.cost_model import LinkCost, WorkerCost
-from baton.services.core.fetch import ROUND_TRIPS_S, FetchMode, FetchPlan, FetchPolicy, plan_fetch
+from baton.services.core.fetch import ROUND_TRIPS_S, FetchMode, FetchPauses, FetchPlan, FetchPolicy, plan_fetch
 from baton.services.core.router import Mode, Placement, Role, RoutedRequest, WorkerView, route
 
 FAST = LinkCost(fixed_s=1e-3, bytes_per_s=1e9)
@@ -76,6 +76,67 @@ def test_the_holder_that_saves_most_is_asked() -> None:
     assert found.holder_id == "d0"  # one block more is not worth a link ten times as slow
 
 
+def test_what_a_fetch_takes_besides_its_bytes_is_learned_within_bounds() -> None:
+    found = plan({"d0": 30})
+    assert found is not None
+    policy = FetchPolicy()
+    assert policy.learned(found, found.fetch_s) == policy
+    slower = policy.learned(found, found.fetch_s + 0.01)
+    assert slower.round_trips_s == pytest.approx(ROUND_TRIPS_S + 0.002)
+    for _ in range(100):
+        slower = slower.learned(found, 9.0)
+    assert slower.round_trips_s == 0.05
+    for _ in range(100):
+        slower = slower.learned(found, 0.0)
+    assert slower.round_trips_s == 0.001
+    assert (
+        plan_fetch(
+            dataclasses.replace(policy, round_trips_s=10.0),
+            "p0",
+            LINKS,
+            {"d0": 30},
+            num_tokens=641,
+            block_size=16,
+            block_bytes=65536,
+            prefill_s_per_token=200e-6,
+        )
+        is None
+    )
+
+
+def test_a_pair_between_which_it_failed_is_left_alone_for_longer_each_time() -> None:
+    pauses, pair = FetchPauses(), ("inc-d0", "inc-p0")
+    lengths = []
+    now = 0.0
+    for _ in range(6):
+        pauses.failed(pair, "expired", now)
+        length = next(s for s in range(1, 200) if pair not in pauses.at(now + s))
+        lengths.append(length)
+        now += length
+    assert lengths == [5, 10, 20, 40, 80, 80]
+    pauses.failed(pair, "peer_lost", now)
+    pauses.succeeded(pair)
+    assert not pauses.at(now)
+    pauses.failed(pair, "expired", now)
+    assert pauses.at(now + 4.0) == {pair}
+    assert not pauses.at(now + 5.0)
+
+
+@pytest.mark.parametrize("code", ["evicted", "no_capacity", "draining"])
+def test_what_passes_by_itself_pauses_nothing(code: str) -> None:
+    pauses = FetchPauses()
+    pauses.failed(("inc-d0", "inc-p0"), code, 0.0)
+    assert not pauses.at(0.0)
+
+
+def test_only_the_newest_pauses_are_remembered() -> None:
+    pauses = FetchPauses()
+    for number in range(1100):
+        pauses.failed((f"d{number}", "p"), "expired", 0.0)
+    assert len(pauses.at(0.0)) == 1024
+    assert ("d1099", "p") in pauses.at(0.0)
+
+
 # In the router.
 
 P0, P1 = (WorkerView(f"p{i}", f"inc-p{i}", Role.PREFILL, f"h:{i}", "same", "host") for i in range(2))
@@ -123,6 +184,9 @@ def test_workers_whose_blocks_differ_and_those_to_avoid_are_not_asked() -> None:
     other = dataclasses.replace(D1, compatibility="other")
     assert route(routed({"d1": 40}), [P0, D0, other]).chosen.fetch is None
     assert route(routed({"d1": 40}, excluded=("inc-d1",)), [P0, D0, D1]).chosen.fetch is None
+    paused = routed({"d1": 40}, no_fetch={("inc-d1", "inc-p0")})
+    assert route(paused, [P0, D0, D1]).chosen.fetch is None
+    assert route(paused, [P1, D0, D1]).chosen.fetch is not None
 
 
 def test_a_fast_prefill_worker_computes() -> None:
