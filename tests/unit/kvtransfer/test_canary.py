@@ -36,6 +36,7 @@ from baton.kvtransfer.mapping import host_id
 from baton.kvtransfer.memory import HostBlockMemory
 from baton.kvtransfer.messages import Slot
 from baton.kvtransfer.options import TransferOptions
+from baton.kvtransfer.outgoing_pair import OutgoingPair
 from baton.kvtransfer.service import open_local_channel
 from baton.kvtransfer.transport import frames
 from baton.kvtransfer.transport.base import Arrival, Offer, Transport
@@ -323,6 +324,18 @@ async def test_a_worker_probes_another_one_on_request() -> None:
         spoil(receiver, "shm")
         response = await ask(sender, probe_request(sender, receiver))
         assert (response.transport, list(response.failed)) == ("tcp", ["shm: the canary arrived corrupt"])
+
+
+async def test_verdicts_about_nothing_while_the_link_is_being_made_change_nothing() -> None:
+    """A peer may say anything at any time; before the canary is through there is nothing to fall back from."""
+    async with two() as (sender, receiver):
+        pairs = sender.agent._sending._pairs
+        pair = OutgoingPair(
+            pairs._context, receiver.identity, pairs._context.connect("h:1"), pairs._linker, lambda pair: None
+        )
+        pair.on_verdicts(b"no fence of this", (1,), (2, 3))
+        assert pair._relinking is None
+        await pair.close()
 
 
 async def test_a_probe_says_why_two_workers_cannot_pair() -> None:
