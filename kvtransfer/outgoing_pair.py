@@ -219,7 +219,9 @@ class OutgoingPair:
         if fence == self._canary.fence:
             self._canary.on_verdicts(landed, corrupt)
             return
-        if corrupt and self._link is not None:  # before the machine sends them again, so that they go by the other transport
+        if (
+            corrupt and self._link is not None
+        ):  # before the machine sends them again, so that they go by the other transport
             self._fall_back(f"{len(corrupt)} blocks arrived corrupt")
         if (handoff := self._handoffs.get(fence)) is not None:
             handoff.feed(m.Verdicts(handoff.id, landed, corrupt))
