@@ -22,6 +22,11 @@ class Rows:
         self._bytes: npt.NDArray[np.uint8] = np.frombuffer(buffer, np.uint8, count=num_rows * row_bytes)
         self._view = memoryview(buffer)
 
+    @property
+    def address(self) -> int:
+        """Where the first row begins, for libraries that take numbers."""
+        return self._bytes.ctypes.data
+
     def row(self, index: int) -> memoryview:
         """The bytes of one row; writable if the buffer is."""
         start = index * self.row_bytes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from importlib.util import find_spec
+from pathlib import Path
 
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.memory import BlockMemory
@@ -30,10 +32,28 @@ def _tcp() -> Factory:
     return TcpTransport
 
 
-_FACTORIES: dict[str, Callable[[], Factory]] = {"inproc": _inproc, "shm": _shm, "tcp": _tcp}
+def _nixl() -> Factory:
+    from baton.kvtransfer.transport.nixl import NixlTransport
+
+    return NixlTransport
+
+
+_FACTORIES: dict[str, Callable[[], Factory]] = {"inproc": _inproc, "shm": _shm, "nixl": _nixl, "tcp": _tcp}
 """Best first: the order in which a sender prefers them."""
 
 TRANSPORT_NAMES = tuple(_FACTORIES)
+
+
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+def _is_usual(name: str, memory: BlockMemory) -> bool:
+    """Whether ``auto`` includes it. Without RDMA nixl does what tcp does, so it is left to those who ask for it."""
+    if name == "shm":
+        return memory.shared is not None
+    if name == "nixl":
+        return find_spec("nixl") is not None and _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
+    return True
 
 
 def make_transports(wanted: str | Sequence[str], memory: BlockMemory, executor: Executor) -> dict[str, Transport]:
@@ -43,7 +63,7 @@ def make_transports(wanted: str | Sequence[str], memory: BlockMemory, executor: 
     """
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     if names == ["auto"]:
-        names = [name for name in TRANSPORT_NAMES if name != "shm" or memory.shared is not None]
+        names = [name for name in TRANSPORT_NAMES if _is_usual(name, memory)]
     transports: dict[str, Transport] = {}
     for name in names:
         if name not in _FACTORIES:

@@ -36,6 +36,7 @@ class RowCopier:
 
     kind: ClassVar[FrameKind] = FrameKind.BLOCK_REFS
     is_inline: ClassVar[bool] = False
+    waits_for_peer: ClassVar[bool] = False  # a copy can take long: it is never made on the event loop
 
     def __init__(self, memory: BlockMemory, executor: Executor) -> None:
         self._memory = memory
@@ -49,7 +50,8 @@ class RowCopier:
     def land(self, arrival: Arrival) -> None:
         entries = _allowed(arrival)
         num_bytes = len(entries) * self._memory.block_bytes
-        if num_bytes <= _INLINE_BYTES and not self._copying and not self._memory.is_staged:
+        is_quick = not self._memory.is_staged and not self.waits_for_peer
+        if num_bytes <= _INLINE_BYTES and not self._copying and is_quick:
             arrival.ended(self._copy(arrival, entries, _block_ids(entries)))
             return
         self._arrivals.append(arrival)
@@ -98,8 +100,8 @@ class RowCopier:
 
     def _copy(self, arrival: Arrival, entries: list[BlockEntry], rows: list[int]) -> Landed:
         """Blocks land in ``rows``, and from there in their blocks. Runs on any thread."""
-        source = cast(Rows, arrival.source)
-        checksums = self._memory.rows.copy_from(source, list(zip([e.source_row for e in entries], rows, strict=True)))
+        assert arrival.source is not None
+        checksums = self._fetch(arrival.source, [entry.source_row for entry in entries], rows)
         if checksums == [entry.checksum for entry in entries]:
             self._memory.store(rows, _block_ids(entries))
             return Landed(landed=tuple(zip([entry.slot.index for entry in entries], checksums, strict=True)))
@@ -112,6 +114,10 @@ class RowCopier:
             landed=tuple((entry.slot.index, entry.checksum) for entry, _ in verified),
             corrupt=tuple(entry.slot.index for entry, _, is_right in judged if not is_right),
         )
+
+    def _fetch(self, source: Source, source_rows: list[int], rows: list[int]) -> list[int]:
+        """Brings rows of the sender into ours; the checksums of our copies."""
+        return self._memory.rows.copy_from(cast(Rows, source), list(zip(source_rows, rows, strict=True)))
 
 
 class ShmTransport(RowCopier):

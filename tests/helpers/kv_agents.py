@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import grpc.aio
@@ -217,7 +218,11 @@ def assert_arrived(sender: Node, receiver: Node, prompt: Prompt) -> None:
         assert receiver.block(slot.block_id) == sender.block(prompt.block_ids[slot.index])
 
 
-TRANSPORTS = ["tcp", "shm", "inproc"]
+needs_nixl = pytest.mark.skipif(
+    find_spec("nixl") is None, reason="nixl is not installed: pip install 'baton-llm[nixl]'"
+)
+
+TRANSPORTS = ["tcp", "shm", "inproc", pytest.param("nixl", marks=needs_nixl)]
 
 each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 

@@ -51,7 +51,7 @@ def test_all_problems_are_reported_at_once_one_line_each() -> None:
         "block_size": "12",
         "kv_cache_memory": "-1GiB",
         "prefill": "0",
-        "transport": "nixl",
+        "transport": "pigeon",
         "dtype": "int8",
         "max_num_seqs": "1.5",
         "host": "0.0.0.0",
