@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,10 +92,6 @@ class Reference:
 
     def __getitem__(self, ask: Ask) -> Expected:
         return self._answers[ask]
-
-    def items(self) -> Iterable[tuple[Ask, Expected]]:
-        """All that is known."""
-        return self._answers.items()
 
     async def record(self, url: str, asks: Sequence[Ask]) -> None:
         """Asks a cluster on which nothing is wrong. Raises when it fails all the same."""
