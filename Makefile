@@ -47,7 +47,7 @@ demo: $(VENV)/.serve ## one question through both pools, its answer and receipt
 
 # ---- develop ---------------------------------------------------------------------------------------------------------
 
-.PHONY: setup test sim check fuzz bench chaos gpu-check proto clean $(CHECKS)
+.PHONY: setup test sim explore check fuzz bench chaos gpu-check proto clean $(CHECKS)
 setup: $(VENV)/.dev ## make the environment with everything that developing needs
 
 # One compute thread per process: with two test processes and their children on two cores, more only wait for each other.
@@ -57,6 +57,9 @@ test: $(VENV)/.dev ## run the whole test suite; ARGS="-k name"
 # One seed alone, with everything that happens in it: make sim ARGS="--seed 17 --trace"
 sim: $(VENV)/.dev ## simulate whole installations with faults; SEEDS=10000 FIRST=0
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -P -m helpers.simulation --seeds $(SEEDS) --first $(FIRST) $(ARGS)
+
+explore: $(VENV)/.dev ## go through every state of the handoff protocol with up to two faults; minutes
+	$(BIN)/python -P -m baton.kvtransfer.explorer $(ARGS)
 
 check: $(VENV)/.dev .dev/baton ## format, lint, types, layers, protocols, chart
 	@$(MAKE) --no-print-directory -k -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)

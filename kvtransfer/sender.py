@@ -107,7 +107,8 @@ class Sender(Machine[SenderState]):
         return self.error is None
 
     def _is_out(self, sent: int) -> bool:
-        return self._granted & ~(sent | self._landed) == 0
+        # Landed is not enough: the receiver's word can overtake the transport's, which brings the checksum.
+        return self._granted & ~sent == 0
 
     def _newly_sent(self, event: m.BlocksSent) -> int:
         return bitmap.of(index for index, _ in event.blocks) & self._pushed
@@ -147,7 +148,7 @@ class Sender(Machine[SenderState]):
         self._timers[m.LeaseExpired] = now + event.lease_s
 
     def _do_push(self, event: m.Event, now: float) -> list[m.Command]:
-        fresh = self._ready & self._granted & ~self._pushed & ~self._landed
+        fresh = self._ready & self._granted & ~self._pushed & ~(self._landed & self._sent)
         self._pushed |= fresh
         slots = tuple(self._slots[index] for index in bitmap.indices(fresh))
         return [m.PushBlocks(slots, self._token)] if slots else []
@@ -162,7 +163,7 @@ class Sender(Machine[SenderState]):
 
     def _do_forget_unlanded(self, event: m.LinkLost, now: float) -> None:
         self._send_again(self._to_resend(event))
-        self._pushed &= self._landed  # what was queued on the link goes out on the next one, and costs no resend
+        self._pushed &= self._landed & self._sent  # what was queued goes out on the next link, and costs no resend
 
     def _do_forget_missing(self, event: m.Incomplete, now: float) -> None:
         self._timers.pop(m.AckOverdue, None)

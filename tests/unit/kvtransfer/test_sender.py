@@ -252,3 +252,24 @@ def test_a_late_ack_does_not_undo_the_end() -> None:
     sender.receive(m.Ack(kv.HANDOFF), 13.0)
     sender.receive(m.Quiet(), 14.0)
     assert sender.state is SenderState.FAILED
+
+
+def test_the_receivers_word_may_come_before_the_transports_and_does_not_stand_for_its_checksum() -> None:
+    sender = pushing()
+    sender.receive(sent(0), 11.0)
+    sender.receive(m.Verdicts(kv.HANDOFF, landed=(0, 2)), 11.0)  # the transport has not said yet that 2 is out
+    assert sender.receive(m.Finish(kv.FIRST_TOKEN), 12.0) == []
+    assert sender.state is SenderState.FLUSHING
+    assert sender.receive(sent(2), 13.0) != []
+    assert sender.state is SenderState.COMMITTING
+
+
+def test_a_block_whose_sending_was_never_reported_is_offered_again_on_the_next_link() -> None:
+    sender = pushing()
+    sender.receive(sent(0), 11.0)
+    sender.receive(m.Verdicts(kv.HANDOFF, landed=(0, 2)), 11.0)
+    # Its checksum went with the report. The receiver will say at once that it has the block.
+    assert sender.receive(m.LinkLost("reset"), 12.0) == [m.PushBlocks(kv.slots(2), kv.TOKEN)]
+    sender.receive(sent(2), 13.0)
+    sender.receive(m.Finish(kv.FIRST_TOKEN), 14.0)
+    assert sender.state is SenderState.COMMITTING
