@@ -44,8 +44,11 @@ class ReceiverHost(Protocol):
         """
         ...
 
-    async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
-        """The slots of ``reserve`` are given up. While not ``quiet`` a write can still land; a second call says when it is."""
+    async def released(self, key: HandoffKey, error: TransferError, quiet: bool, verified: Sequence[int] = ()) -> None:
+        """The slots of ``reserve`` are given up. While not ``quiet`` a write can still land; a second call says when it is.
+
+        ``verified``: the blocks at these indices are whole all the same and may be kept under their names.
+        """
         ...
 
 
@@ -172,8 +175,8 @@ class ReceiverHandoff:
             case m.Adopt(first_token, report):
                 now = replace(report, transport=self.pair.transport.name, fallbacks=self._fallbacks)
                 self._tell_host(self._adopt(first_token, now))
-            case m.ReleaseSlots(error, quiet):
-                self._tell_host(self._host.released(self.id.key, error, quiet))
+            case m.ReleaseSlots(error, quiet, verified):
+                self._tell_host(self._host.released(self.id.key, error, quiet, verified))
             case m.Done():
                 self._ended(self)
 

@@ -360,7 +360,12 @@ class Adopt(Command):
 
 @dataclass(frozen=True, slots=True)
 class ReleaseSlots(Command):
-    """Receiver: the slots are given up. They are reusable once ``quiet``: until then a write can still land in one."""
+    """Receiver: the slots are given up. They are reusable once ``quiet``: until then a write can still land in one.
+
+    The blocks at the indices ``verified`` are whole and nothing is written to them any more: they may be kept under their
+    names, so that the next attempt need not bring them again. Said the first time only.
+    """
 
     error: TransferError
     quiet: bool
+    verified: tuple[int, ...] = ()

@@ -20,6 +20,9 @@ Theory of operation
   for those who can no longer speak. The sender can fail although the receiver adopted, when the Ack is lost: the gateway,
   who opened the handoff, closes it on both sides.
 
+  A handoff that fails after blocks were verified has not failed them: ReleaseSlots names them, the host keeps them as cache
+  under their names, and the next attempt, from whichever sender, finds them and is not granted slots for them.
+
   A block that arrived corrupt, was on a link that broke, or is missing at a commit is sent again, ``max_resends`` times.
 """
 

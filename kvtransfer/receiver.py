@@ -11,6 +11,9 @@ from baton.kvtransfer.identity import HandoffId, manifest_digest
 from baton.kvtransfer.machine import Machine
 from baton.kvtransfer.protocol import RECEIVER, HandoffLimits, ReceiverState
 
+# Why a handoff failed when what its sender announced is not believed.
+_DISTRUST = frozenset({TransferCode.NOT_GRANTED, TransferCode.DIGEST_MISMATCH, TransferCode.PROTOCOL})
+
 
 class Receiver(Machine[ReceiverState]):
     """Takes the blocks of one prompt over.
@@ -227,7 +230,10 @@ class Receiver(Machine[ReceiverState]):
     def _release(self, *, quiet: bool) -> list[m.Command]:
         self._timers.clear()
         error = self.error or TransferError(TransferCode.ABORTED, "given up")
-        return [m.ReleaseSlots(error, quiet)]
+        # Each of these has its announced checksum. A peer that announces what it may not is not believed that either.
+        verified = () if error.code in _DISTRUST else tuple(bitmap.indices(self._landed))
+        self._landed = 0
+        return [m.ReleaseSlots(error, quiet, verified)]
 
     def _do_end(self, event: m.Event, now: float) -> list[m.Command]:
         self._timers.clear()

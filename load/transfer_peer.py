@@ -67,7 +67,7 @@ class Pool:
     async def committed(self, key: HandoffKey, first_token: FirstToken, report: TransferReport) -> None:
         """Taken over."""
 
-    async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
+    async def released(self, key: HandoffKey, error: TransferError, quiet: bool, verified: Sequence[int] = ()) -> None:
         """Given up."""
 
 

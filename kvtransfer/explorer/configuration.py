@@ -73,9 +73,8 @@ class Configuration:
 
 def required(max_faults: int = 2, num_blocks: int = 3, num_handoffs: int = 2) -> tuple[Configuration, ...]:
     """What ``make explore`` goes through."""
-    sizes = {"num_handoffs": num_handoffs, "num_blocks": num_blocks, "pool_blocks": num_blocks}
     return (
-        *(Configuration(scenario, max_faults=max_faults, **sizes) for scenario in Scenario),
+        *(Configuration(scenario, num_handoffs, num_blocks, num_blocks, max_faults) for scenario in Scenario),
         # Room for both: they run side by side.
         Configuration(Scenario.REQUESTS, num_handoffs, 1, num_handoffs, max_faults),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.errors import TransferCode
@@ -50,7 +51,7 @@ class Faults:
                 continue  # the gateway's streams lose and repeat nothing
             message = self._machines.words[word]
             label = f"{type(message).__name__} is lost"
-            yield Fault.DROP, self._moves.move(lane, (label,), lambda c, w=word: c.unsay(w))
+            yield Fault.DROP, self._moves.move(lane, (label,), partial(_lose, word))
             yield Fault.DUPLICATE, self._moves.deliver(lane, word, keep=True)
             if isinstance(message, m.Commit) and message.first_token != BENT_TOKEN:
                 bent = dataclasses.replace(message, digest=bytes(16), first_token=BENT_TOKEN)
@@ -129,6 +130,10 @@ class Faults:
             change.tell_sender(m.Quiet())
         elif change.sender >= 0 and self._machines[change.sender].state in WITH_LEASE:
             change.tell_sender(m.LinkLost("reset"))
+
+
+def _lose(word: int, change: Draft) -> None:
+    change.unsay(word)
 
 
 def _keep_stray(change: Draft) -> None:

@@ -125,9 +125,13 @@ class Draft:
 
     def tell_sender(self, event: m.Event | type[m.Timeout]) -> None:
         self.sender, commands = self.machines.step(self.sender, event)
-        self.perform_for_sender(commands)
+        self._perform_for_sender(commands)
 
-    def perform_for_sender(self, commands: tuple[m.Command, ...]) -> None:
+    def hear_at_sender(self, word: int) -> None:
+        self.sender, commands = self.machines.hear(self.sender, word)
+        self._perform_for_sender(commands)
+
+    def _perform_for_sender(self, commands: tuple[m.Command, ...]) -> None:
         for command in commands:
             match command:
                 case m.Send(message):
@@ -161,10 +165,16 @@ class Draft:
     # The receiver's shell.
 
     def tell_receiver(self, event: m.Event | type[m.Timeout]) -> None:
+        before = self.machines[self.receiver]
         self.receiver, commands = self.machines.step(self.receiver, event)
-        self.perform_for_receiver(commands)
+        self._perform_for_receiver(commands, before)
 
-    def perform_for_receiver(self, commands: tuple[m.Command, ...]) -> None:
+    def hear_at_receiver(self, word: int) -> None:
+        before = self.machines[self.receiver]
+        self.receiver, commands = self.machines.hear(self.receiver, word)
+        self._perform_for_receiver(commands, before)
+
+    def _perform_for_receiver(self, commands: tuple[m.Command, ...], before: Any) -> None:
         for command in commands:
             match command:
                 case m.Send(m.Verdicts() as message):
@@ -187,8 +197,9 @@ class Draft:
                     if self.is_adopting or self.is_adopted:
                         raise Violation(Invariant.OWNERSHIP, "blocks are taken over twice")
                     self.is_adopting = True
-                case m.ReleaseSlots(_, is_quiet):
-                    self._release(is_quiet, getattr(command, "verified", ()))
+                case m.ReleaseSlots(_, is_quiet, verified):
+                    slots = getattr(before, "slots", {})  # those of now may be stripped already
+                    self._release(is_quiet, tuple(slots[index] for index in verified))
                 case m.Done(error):
                     self._end_receiver(error is not None)
                 case _:
@@ -218,9 +229,7 @@ class Draft:
         """They may end before their time from now on."""
         self.landings = tuple(sorted(landing._replace(is_cut=True) for landing in self.landings))
 
-    def _release(self, is_quiet: bool, verified: tuple[int, ...]) -> None:
-        machine: Any = self.machines[self.receiver]
-        kept = tuple(machine.slots[index] for index in verified)
+    def _release(self, is_quiet: bool, kept: tuple[m.Slot, ...]) -> None:
         if is_quiet and self.landings:
             raise Violation(Invariant.LATE_WRITE, f"slots are reusable while a write can land: {self.landings}")
         self.effects.append(Effect("release" if is_quiet else "quarantine", (kept, self.names)))

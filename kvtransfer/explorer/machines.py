@@ -30,7 +30,7 @@ _NEEDED: dict[tuple[type[StrEnum], StrEnum], set[str]] = {
     (SenderState, SenderState.ACKED): set(),
     (SenderState, SenderState.FAILED): set(),
     (ReceiverState, ReceiverState.WITHDRAWING): {"report", "slots", "_token", "_landed"},
-    (ReceiverState, ReceiverState.QUARANTINE): {"report", "slots", "_token", "_landing"},
+    (ReceiverState, ReceiverState.QUARANTINE): {"report", "slots", "_token", "_landing", "_landed"},
     (ReceiverState, ReceiverState.CLOSED): {"_token"},
 }
 
@@ -53,7 +53,7 @@ class Machines:
         self._strip = strip
         self._numbers: dict[Hashable, int] = {}
         self._machines: list[Machine[Any]] = []
-        self._steps: dict[tuple[int, Hashable], Outcome | Violation] = {}
+        self._steps: dict[tuple[int, Any], Outcome | Violation] = {}
         self.words: list[m.PeerMessage] = []
         self._words: dict[m.PeerMessage, int] = {}
 

@@ -6,6 +6,7 @@ A move names the lane that it leads to and what it does to the pool. Where nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from baton.kvtransfer import messages as m
@@ -79,7 +80,7 @@ class Moves:
             if lane.sender == GONE:
                 yield self.move(lane, ("the data connection ends",), lambda c: setattr(c, "link", ()))
         for frame in lane.strays:
-            yield self.deliver_frame(lane, frame, lambda c, f=frame: _take_stray(c, f), "old frame arrives")
+            yield self.deliver_frame(lane, frame, partial(_take_stray, frame), "old frame arrives")
         if lane.verdicts != ABSENT:
             yield self.move(lane, ("verdicts arrive",), self._hear_verdicts)
         for word in dict.fromkeys(lane.control):
@@ -115,7 +116,7 @@ class Moves:
         """Everything that could run out."""
         for who, number, tell in (("P", lane.sender, Draft.tell_sender), ("D", lane.receiver, Draft.tell_receiver)):
             for timer in self.machines.armed(number) if number >= 0 else ():
-                yield self.move(lane, (f"{who}: {timer.__name__}",), lambda c, t=timer, f=tell: f(c, t))
+                yield self.move(lane, (f"{who}: {timer.__name__}",), partial(_fire, tell, timer))
 
     def grant(self, lane: Lane, slots: tuple[m.Slot, ...]) -> Move:
         """The host found room."""
@@ -161,8 +162,7 @@ class Moves:
             change.frame = frame
             if change.receiver >= 0 and handoff is not None:
                 word = self.machines.word(m.Push(handoff, frame.token, tuple(m.Slot(*slot) for slot in frame.slots)))
-                change.receiver, commands = self.machines.hear(change.receiver, word)
-                change.perform_for_receiver(commands)
+                change.hear_at_receiver(word)
 
         return self.move(lane, (f"{label}: blocks", *(slot[0] for slot in frame.slots)), take)
 
@@ -177,8 +177,7 @@ class Moves:
                 change.tell_sender(m.GiveUp("cancelled"))
         elif isinstance(self.machines.words[word], TO_SENDER):
             if change.sender >= 0:
-                change.sender, commands = self.machines.hear(change.sender, word)
-                change.perform_for_sender(commands)
+                change.hear_at_sender(word)
         else:
             self._hear_at_receiver(change, word)
 
@@ -191,14 +190,12 @@ class Moves:
             receiver = self._types.receiver(message.handoff, token=self._token, block_bytes=_BLOCK_BYTES)
             change.receiver = self.machines.add(receiver)
         if change.receiver >= 0:
-            change.receiver, commands = self.machines.hear(change.receiver, word)
-            change.perform_for_receiver(commands)
+            change.hear_at_receiver(word)
 
     def _hear_verdicts(self, change: Draft) -> None:
         word, change.verdicts = change.verdicts, ABSENT
         if change.sender >= 0:
-            change.sender, commands = self.machines.hear(change.sender, word)
-            change.perform_for_sender(commands)
+            change.hear_at_sender(word)
 
     def _compute(self, change: Draft) -> None:
         if change.num_computed < len(self._chunks):
@@ -340,12 +337,17 @@ def _quiet(change: Draft) -> None:
 
 def _beat(change: Draft) -> None:
     """A question and its answer, with nothing in between."""
-    before, change.control = change.control, ()
+    before = change.control
+    change.control = ()
     change.tell_receiver(m.Renew(change.machines[change.sender].handoff, 0.0))
-    answers, change.control = change.control, before
-    for answer in answers:
-        change.sender, commands = change.machines.hear(change.sender, answer)
-        change.perform_for_sender(commands)
+    answers: tuple[int, ...] = change.control
+    change.control = before
+    for word in answers:
+        change.hear_at_sender(word)
+
+
+def _fire(tell: Callable[[Draft, type[m.Timeout]], None], timer: type[m.Timeout], change: Draft) -> None:
+    tell(change, timer)
 
 
 def _finish(change: Draft) -> None:
@@ -353,7 +355,7 @@ def _finish(change: Draft) -> None:
     change.effects.append(Effect("finish"))
 
 
-def _take_stray(change: Draft, frame: Frame) -> None:
+def _take_stray(frame: Frame, change: Draft) -> None:
     change.strays = tuple(stray for stray in change.strays if stray != frame)
 
 

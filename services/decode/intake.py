@@ -133,13 +133,13 @@ class DecodeWorker(Worker[DecodeScheduler]):
         else:  # given up while the step thread was at it; the agent no longer gives such a handoff up
             self.steps.post(lambda scheduler: scheduler.abort(active.id))
 
-    async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
-        """The handoff failed. The slots are free once no write can land in them."""
+    async def released(self, key: HandoffKey, error: TransferError, quiet: bool, verified: Sequence[int] = ()) -> None:
+        """The handoff failed. The slots are free once no write can land in them; what was verified stays as cache."""
         if key in self.fetcher:
             await self.fetcher.released(key, error, quiet)
             return
         name = scheduler_id(key.request_id, key.attempt)
-        self._let_go(name, quiet=quiet)
+        self._let_go(name, quiet=quiet, verified=verified)
         expected = self._expected.pop(name, None)
         if expected is None:
             return
@@ -159,11 +159,11 @@ class DecodeWorker(Worker[DecodeScheduler]):
         self.steps.post(renew)
         self.fetcher.renew_leases()
 
-    def _let_go(self, request_id: str, *, quiet: bool) -> None:
+    def _let_go(self, request_id: str, *, quiet: bool, verified: Sequence[int] = ()) -> None:
         now_s = self._clock()
 
         def let_go(scheduler: DecodeScheduler) -> None:
-            scheduler.abort_reservation(request_id, writes_quiet=quiet, now=now_s)
+            scheduler.abort_reservation(request_id, writes_quiet=quiet, now=now_s, verified=verified)
             if quiet:
                 scheduler.release_quarantine(request_id)
 

@@ -169,7 +169,7 @@ class BlockFetcher:
         if (wanted := self._wanted.get(key)) is not None:
             wanted.end(report)
 
-    async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
+    async def released(self, key: HandoffKey, error: TransferError, quiet: bool, verified: Sequence[int] = ()) -> None:
         self._let_go(key, quiet=quiet)
         if (wanted := self._wanted.get(key)) is not None:
             wanted.end(error)

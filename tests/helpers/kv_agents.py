@@ -42,6 +42,7 @@ class Host:
     slots: dict[HandoffKey, tuple[Slot, ...]] = field(default_factory=dict)
     commits: dict[HandoffKey, tuple[FirstToken, TransferReport]] = field(default_factory=dict)
     releases: list[tuple[HandoffKey, TransferCode, bool]] = field(default_factory=list)
+    verified: list[int] = field(default_factory=list)  # indices that were whole although their handoff failed
     cancelled: list[HandoffKey] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
     generations: dict[int, int] = field(default_factory=dict)
@@ -75,8 +76,9 @@ class Host:
             raise self.refuse_commit
         self.commits[key] = (first_token, report)
 
-    async def released(self, key: HandoffKey, error: TransferError, quiet: bool) -> None:
+    async def released(self, key: HandoffKey, error: TransferError, quiet: bool, verified: Sequence[int] = ()) -> None:
         self.releases.append((key, error.code, quiet))
+        self.verified += verified
         if quiet:
             self.free += [slot.block_id for slot in self.slots.pop(key)]
 

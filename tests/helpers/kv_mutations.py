@@ -90,6 +90,12 @@ def out_when_landed(self: Any, sent: int) -> bool:
     return self._granted & ~(sent | self._landed) == 0
 
 
+def release_all_as_verified(self: Any, *, quiet: bool) -> list[m.Command]:
+    (command,) = Receiver._release(self, quiet=quiet)
+    assert isinstance(command, m.ReleaseSlots)
+    return [m.ReleaseSlots(command.error, quiet, tuple(self.slots) if quiet else ())]
+
+
 def unfenced(*parts: str) -> Any:
     """A ``receive`` that compares only some parts of a handoff's identity."""
 
@@ -144,7 +150,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a commit is accepted after the lease ran out",
-        receiver({(R.CLOSED, m.Commit): (go(R.ADOPTING, "hold", "adopt", when="whole"), go(R.CLOSED, "send_refuse"))}),
+        receiver({(R.CLOSED, m.Commit): (go(R.ADOPTING, "hold", "adopt"),)}),
         Invariant.OWNERSHIP,
     ),
     Mutation(
@@ -254,6 +260,11 @@ MUTATIONS = (
         "slots are kept after a refusal",
         receiver({(R.RECEIVING, m.Abort): (go(R.CLOSED, "blame", "send_abort_ack", "end"),)}),
         Invariant.OWNERSHIP,
+    ),
+    Mutation(
+        "all granted blocks are kept when a handoff fails",
+        receiver({}, _release=release_all_as_verified),
+        Invariant.READABLE,
     ),
     Mutation(
         "the receiver's word that a block landed stands for its checksum",

@@ -124,6 +124,11 @@ class BlockTables:
         sequence.num_reported = max(sequence.num_reported, num_complete)
         return newly
 
+    def name_block(self, sequence: Sequence, index: int, block_id: int) -> None:
+        """Name one full block of the tokens with which the request came, which somebody else has filled."""
+        if self._enable_prefix_caching and index < sequence.num_initial_full:
+            self.pool.name_block(block_id, sequence.names[index])
+
     def free(self, sequence: Sequence) -> None:
         """Let the request go of all its blocks. Its computed tokens are forgotten; what is named stays as cache."""
         request = sequence.request

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
@@ -140,19 +141,25 @@ class DecodeScheduler:
         return request
 
     def abort_reservation(
-        self, request_id: str, *, writes_quiet: bool, now: float, attempt: int | None = None
+        self,
+        request_id: str,
+        *,
+        writes_quiet: bool,
+        now: float,
+        attempt: int | None = None,
+        verified: Iterable[int] = (),
     ) -> Request | None:
         """The transfer has ended without a commit. Ends the request if it still waits for it, and returns it then.
 
         ``writes_quiet``: no write can land any more, so the blocks are free at once; otherwise they stay in quarantine
-        until ``release_quarantine``. Idempotent.
+        until ``release_quarantine``. What was ``verified``, by index in the prompt, becomes prefix cache. Idempotent.
         """
         ended = None
         for incoming in self._incoming.find(request_id, attempt):
             if self._incoming.of(incoming.sequence) is incoming:
                 ended = incoming.sequence.request
                 self._end(incoming.sequence, FinishReason.ABORT)
-            self._incoming.let_go(incoming, writes_quiet=writes_quiet, now=now)
+            self._incoming.let_go(incoming, writes_quiet=writes_quiet, now=now, verified=verified)
         return ended
 
     def release_quarantine(self, request_id: str, attempt: int | None = None) -> None:

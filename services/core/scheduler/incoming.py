@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -30,6 +31,7 @@ class Incoming:
     requested_s: float
     state: IncomingState = IncomingState.QUEUED
     block_ids: list[int] = field(default_factory=list)  # the blocks to fill
+    first_index: int = 0  # of the first of them in the prompt
 
 
 class IncomingHandoffs:
@@ -70,7 +72,7 @@ class IncomingHandoffs:
         incoming.block_ids = self._tables.admit(sequence, plan, incoming.hold)
         incoming.hold.deadline_s = now + self._lease_s
         incoming.state = IncomingState.GRANTED
-        first = len(plan.hits)
+        first = incoming.first_index = len(plan.hits)
         return Reservation(
             request=sequence.request,
             slots=tuple(
@@ -104,14 +106,23 @@ class IncomingHandoffs:
         else:
             self._forget(incoming)
 
-    def let_go(self, incoming: Incoming, *, writes_quiet: bool, now: float) -> None:
-        """The transfer has ended without a commit. The request is orphaned before, or never had blocks."""
+    def let_go(self, incoming: Incoming, *, writes_quiet: bool, now: float, verified: Iterable[int] = ()) -> None:
+        """The transfer has ended without a commit. The request is orphaned before, or never had blocks.
+
+        What was ``verified`` (indices in the prompt) becomes prefix cache: the next attempt finds it.
+        """
         if incoming.state is not IncomingState.ORPHANED:
             return
+        kept = sorted(index - incoming.first_index for index in verified)
+        for position in kept:
+            self._tables.name_block(incoming.sequence, incoming.first_index + position, incoming.block_ids[position])
         if writes_quiet:
             self._pool.release(incoming.block_ids, incoming.hold)
             self._forget(incoming)
         else:
+            self._pool.release([incoming.block_ids[position] for position in kept], incoming.hold)
+            for position in reversed(kept):
+                del incoming.block_ids[position]
             self._pool.quarantine(incoming.block_ids, incoming.hold)
             incoming.hold.deadline_s = now + self._lease_s
             incoming.state = IncomingState.QUARANTINED

@@ -199,6 +199,23 @@ async def test_a_handoff_that_fails_is_told_and_its_slots_come_back_when_writes_
         await decode.assert_clean()
 
 
+async def test_the_next_attempt_need_not_bring_what_was_verified_before_the_last_one_failed() -> None:
+    async with running() as decode:
+        spec = make_spec("r")
+        decode.start(spec)
+        slots = await decode.reserve(spec)
+        error = TransferError(TransferCode.PEER_LOST, "the sender died")
+        await decode.worker.released(HandoffKey("r", 1), error, False, (0,))
+        await decode.worker.released(HandoffKey("r", 1), error, True)
+        await eventually(lambda: decode.answer("r").num_ends == 1)
+        again = make_spec("r2")  # the same prompt
+        decode.start(again)
+        granted = await decode.reserve(again)
+        assert [slot.index for slot in granted] == [slot.index for slot in slots][1:]
+        await decode.worker.released(HandoffKey("r2", 1), error, True)
+        await decode.assert_clean()
+
+
 async def test_a_sender_that_withdraws_says_itself_why() -> None:
     async with running() as decode:
         spec = make_spec("r")

@@ -34,7 +34,7 @@ def test_the_protocol_as_it_is_breaks_no_invariant(configuration: Configuration)
 
 
 def test_every_kind_of_fault_leads_somewhere() -> None:
-    configuration = Configuration(Scenario.REQUESTS, num_handoffs=1, num_blocks=2, pool_blocks=2, max_faults=1)
+    configuration = Configuration(Scenario.REQUESTS, num_handoffs=1, num_blocks=1, pool_blocks=1, max_faults=1)
     without = explore(dataclasses.replace(configuration, faults=frozenset())).num_transitions
     for fault in Fault:
         found = explore(dataclasses.replace(configuration, faults=frozenset({fault})))

@@ -315,3 +315,38 @@ def test_slots_that_do_not_fit_the_manifest_are_the_hosts_mistake() -> None:
     for wrong in (kv.slots(3), kv.slots(0, 0)):
         with pytest.raises(LocalProtocolError):
             receiver.receive(m.SlotsReserved(wrong), 2.0)
+
+
+def verified(commands: list[m.Command]) -> list[tuple[int, ...]]:
+    return [command.verified for command in commands if isinstance(command, m.ReleaseSlots)]
+
+
+def test_what_had_landed_when_the_handoff_failed_is_named_once() -> None:
+    receiver = receiving()
+    receiver.receive(push(0), 11.0)
+    receiver.receive(landed(0), 12.0)
+    receiver.receive(push(2), 12.0)
+    assert verified(receiver.receive(m.PeerLost("gone"), 13.0)) == [(0,)]
+    assert verified(receiver.receive(m.LandingEnded(broken=(2,)), 14.0)) == [()]
+
+
+def test_a_corrupt_block_is_not_among_the_verified() -> None:
+    receiver = receiving()
+    receiver.receive(push(0, 2), 11.0)
+    receiver.receive(m.LandingEnded(landed=((2, kv.checksum(2)),), corrupt=(0,)), 12.0)
+    assert verified(receiver.receive(m.Abort(kv.HANDOFF, TransferCode.CHECKSUM, "again"), 13.0)) == [(2,)]
+
+
+def test_nothing_of_a_peer_that_commits_other_blocks_is_verified() -> None:
+    receiver = receiving()
+    receiver.receive(push(0, 2), 11.0)
+    receiver.receive(landed(0, 2), 12.0)
+    wrong = m.Commit(kv.HANDOFF, b"?" * 16, kv.FIRST_TOKEN, 200, 1)
+    assert verified(receiver.receive(wrong, 13.0)) == [()]
+
+
+def test_nothing_of_a_peer_that_writes_outside_its_grant_is_verified() -> None:
+    receiver = receiving()
+    receiver.receive(push(0), 11.0)
+    receiver.receive(landed(0), 12.0)
+    assert verified(receiver.receive(push(1), 13.0)) == [()]

@@ -166,6 +166,41 @@ def test_an_aborted_transfer_leaves_its_blocks_in_quarantine_where_a_write_could
     assert scheduler.pool.counts().free == 8
 
 
+@pytest.mark.parametrize("writes_quiet", [True, False])
+def test_blocks_that_were_verified_before_the_transfer_failed_are_found_by_the_next_attempt(writes_quiet: bool) -> None:
+    scheduler = make_decode(8)
+    slots = granted(scheduler, make_request("r", 14)).slots
+    scheduler.abort_reservation("r", writes_quiet=writes_quiet, now=1.0, verified=(0, 1, 3))
+    counts = scheduler.pool.counts()
+    # Block 3 is only partly filled: it may be written on, and nobody looks for it.
+    assert (counts.cached, counts.transfer, counts.request) == (2, 0, 0)
+    scheduler.release_quarantine("r")
+    assert scheduler.pool.counts() == BlockCounts(total=8, free=6, cached=2, request=0, transfer=0, quarantine=0)
+    again = granted(scheduler, make_request("r", 14, attempt=2))
+    assert again.num_held_blocks == 2
+    assert [slot.index for slot in again.slots] == [2, 3]
+    assert not {slot.block_id for slot in again.slots} & {slots[0].block_id, slots[1].block_id}
+    assert scheduler.pool.check_integrity() == 0
+
+
+def test_what_was_verified_behind_a_cached_prefix_is_named_as_what_it_is() -> None:
+    scheduler = make_decode(8)
+    granted(scheduler, make_request("a", 8, max_tokens=2))
+    scheduler.commit("a", TOKEN, 0.0)
+    run_until_idle(scheduler)
+    assert granted(scheduler, make_request("b", 14)).num_held_blocks == 2
+    scheduler.abort_reservation("b", writes_quiet=True, now=1.0, verified=(2,))
+    assert granted(scheduler, make_request("c", 14)).num_held_blocks == 3
+    assert scheduler.pool.check_integrity() == 0
+
+
+def test_without_prefix_caching_verified_blocks_are_free() -> None:
+    scheduler = make_decode(8, prefix_caching=False)
+    granted(scheduler, make_request("r", 14))
+    scheduler.abort_reservation("r", writes_quiet=True, now=1.0, verified=(0, 1))
+    assert scheduler.pool.counts().free == 8
+
+
 def test_an_aborted_request_lets_go_of_its_prefix_at_once_and_the_transfer_of_the_rest_later() -> None:
     scheduler = make_decode(8)
     granted(scheduler, make_request("a", 8, max_tokens=2))
