@@ -17,6 +17,8 @@ from collections.abc import Iterable
 
 from helpers.simulation.world import Outcome, run_seed
 
+PROGRESS_EVERY = 200
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="simulation", description="Deterministic simulation of a whole installation.")
@@ -53,6 +55,8 @@ def _run_many(seeds: Iterable[int], num_workers: int) -> int:
             if outcome.problems:
                 failed.append(outcome.seed)
                 print(f"seed {outcome.seed}:", *outcome.problems[:4], sep="\n    ", flush=True)
+            if num_seeds % PROGRESS_EVERY == 0:
+                print(f"... {num_seeds} seeds, violations in {len(failed)}", flush=True)
     took_s = time.monotonic() - start_s
     for what, counts in totals.items():
         print(f"{what}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
