@@ -113,8 +113,9 @@ class Injector:
         for key in list(self._undo):
             self._undo_one(key)
         for worker in self._world.workers:
-            if worker.is_alive and worker.host is not None and worker.engine.hangs:
+            if worker.is_alive and worker.host is not None:
                 worker.engine.hangs = False
+                worker.engine.failures = 0
         await asyncio.sleep(0)
 
     # What each kind does.

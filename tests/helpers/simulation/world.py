@@ -7,6 +7,7 @@ import contextlib
 import gc
 import hashlib
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -193,7 +194,9 @@ def run_seed(seed: int, *, keep_trace: bool = False, make: Callable[[int], Scena
             try:
                 world = loop.run_until_complete(_run(scenario, loop, trace))
             finally:
-                _close(loop)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that nobody will await any more
+                    _close(loop)
     problems = world.problems + [f"I8 logged as an error: {line}" for line in trace.errors if not _is_planned(line)]
     text = trace.text()
     return Outcome(
