@@ -12,6 +12,7 @@ from baton.services.local.banner import banner
 from baton.services.local.child import Child, baton_argv
 from baton.services.local.cluster import Argv, LocalCluster
 from baton.services.local.gateway_client import GatewayUnreachable
+from baton.services.local.probes import WorkerProbes
 from baton.services.runtime.process import StopSignals
 from baton.services.runtime.settings import ServeSettings
 from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, SettingsError
@@ -55,6 +56,13 @@ class Supervisor:
             await child.start()
             self._tasks.append(asyncio.create_task(self._keep(child), name=f"keep-{child.name}"))
         self._tasks.append(asyncio.create_task(self._keep_nats(), name="keep-nats"))
+        probes = WorkerProbes(
+            lambda: cluster.workers,
+            self._ask,
+            unresponsive_after_s=cluster.settings.replace_unresponsive_after_s,
+            say=self.say,
+        )
+        self._tasks.append(asyncio.create_task(probes.run(), name="probe-workers"))
         ready = asyncio.create_task(self._until_ready())
         try:
             await asyncio.wait((ready, self._failure), return_when=asyncio.FIRST_COMPLETED)

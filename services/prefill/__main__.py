@@ -14,8 +14,10 @@ from baton.services.prefill.servicer import PrefillServicer
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.main import run_service
 from baton.services.runtime.settings import WorkerSettings
+from baton.services.worker.environment import Environment
 from baton.services.worker.host import WorkerHost
 from baton.services.worker.parts import WorkerParts
+from baton.services.worker.watchdog import end_process
 
 
 class PrefillHost(WorkerHost[PrefillWorker]):
@@ -34,4 +36,6 @@ class PrefillHost(WorkerHost[PrefillWorker]):
 
 def run(settings: WorkerSettings) -> int:
     """Serves until a signal and returns the exit status."""
-    return run_service(settings.role, settings, lambda: PrefillHost(settings))
+    return run_service(
+        settings.role, settings, lambda: PrefillHost(settings, environment=Environment(end_process=end_process))
+    )

@@ -191,6 +191,13 @@ class ModelSettings(Settings):
         None, ge=1, le=4096, description="CPU threads of each worker. Default: cores / workers."
     )
 
+    stuck_after_s: float = Field(
+        5.0,
+        ge=0,
+        le=3600,
+        description="Seconds without progress after which a worker ends itself; a long step may take longer. 0: never.",
+    )
+
     @field_validator("block_size")
     @classmethod
     def _check_block_size(cls, size: int) -> int:
@@ -330,6 +337,12 @@ class ServeSettings(ModelSettings, GatewayOptions):
     )
     prefill: int = Field(1, ge=1, le=64, description="Prefill workers.")
     decode: int = Field(1, ge=1, le=64, description="Decode workers; with --mode colocated, workers that do both.")
+    replace_unresponsive_after_s: float = Field(
+        10.0,
+        ge=0,
+        le=3600,
+        description="Seconds without an answer after which a worker is killed and replaced. 0: never.",
+    )
 
 
 def _readable(path: Path | None) -> Path | None:

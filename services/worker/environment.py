@@ -26,3 +26,5 @@ class Environment:
     open_channel: Callable[[str], grpc.aio.Channel] = runtime_grpc.create_channel
     sockets: Sockets = SYSTEM_SOCKETS
     step_loop: type[StepLoop[Any]] = StepLoop
+    # How a stuck worker ends its process. None: nobody watches, as where several workers share one.
+    end_process: Callable[[int], None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -29,6 +30,7 @@ from baton.services.core.block_pool import BlockPool
 from baton.services.core.errors import ConfigurationError
 from baton.services.core.router import Role
 from baton.services.core.scheduler.base import SchedulerLimits
+from baton.services.core.watchdog import WatchdogLimits
 from baton.services.engine.engine import Engine, set_num_threads
 from baton.services.engine.kv_cache import KVCacheShape
 from baton.services.engine.loader import LoadedModel, load_model
@@ -46,14 +48,13 @@ from baton.services.worker.environment import Environment
 from baton.services.worker.failpoints import FailpointEngine, FailpointPool
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.pool_report import PoolReport, PoolWatch, make_report
+from baton.services.worker.watchdog import WatchdogThread
 from baton.services.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
 
 WorkerT = TypeVar("WorkerT", bound=Worker[Any])
 
-# A step that takes longer than this is stuck, not slow: the largest chunk on the slowest machine takes seconds.
-STUCK_AFTER_S = 120.0
 # Host memory that blocks of a GPU pass through, both directions together.
 STAGING_BYTES = 256 << 20
 
@@ -83,6 +84,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=self._environment.new_incarnation())
         self._started_ms = int(self._environment.wall_clock() * 1e3)
         self._report: PoolReport | None = None
+        self._warm_step_s = 0.0  # duration of a few steps of one token; 0.0: not measured
 
     @abstractmethod
     def make_worker(self, parts: WorkerParts, on_turn: Callable[[Any, float], None]) -> WorkerT:
@@ -135,6 +137,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             pool, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
         )
         worker = self.worker = self.make_worker(parts, watch.on_turn)
+        worker.speed.warm_step_s = self._warm_step_s
         agent = self._agent = worker.agent = worker.fetcher.agent = self._make_agent(worker)
         worker.fetcher.own_address = self.address
         worker.steps.start()
@@ -158,8 +161,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._health.set_ready()
         self._run_until_stop(self._announcer.run(), "announce")
         await self._bus.start()
-        self._run_until_stop(self._watch_steps(worker), "watch-steps")
+        self._run_until_stop(self._keep_alive(worker), "keep-alive")
         stack.callback(lambda: self._announcer.announce(leaving=True))
+        self._watch(worker)
         log.info(
             "worker ready",
             worker_id=self.identity.worker_id,
@@ -170,6 +174,23 @@ class WorkerHost(ABC, Generic[WorkerT]):
             dtype=shape.dtype_name,
             max_model_len=self._limits.max_model_len,
         )
+
+    def _watch(self, worker: WorkerT) -> None:
+        """Where this is the only worker of its process: who watches it can do nothing but end that."""
+        end_process, settings = self._environment.end_process, self.settings
+        if end_process is None or not settings.stuck_after_s:
+            return
+        watchdog = WatchdogThread(
+            WatchdogLimits(settings.stuck_after_s),
+            loop=asyncio.get_running_loop(),
+            num_turns=lambda: worker.steps.num_turns,
+            is_thread_alive=lambda: worker.steps.is_alive,
+            expected_step_s=worker.expected_step_s,
+            on_stuck=self._health.set_dead,
+            end=end_process,
+        )
+        watchdog.start()
+        self._stack.callback(watchdog.stop)
 
     @property
     def address(self) -> str:
@@ -193,6 +214,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
             engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size)
             memory = StagedBlockMemory(engine.kv_cache, max(2, min(num_blocks, STAGING_BYTES // block_bytes)))
         engine.warm_up()
+        started_s = time.perf_counter()
+        engine.warm_up()
+        self._warm_step_s = time.perf_counter() - started_s
         return engine, memory
 
     def _make_agent(self, worker: WorkerT) -> TransferAgent:
@@ -299,18 +323,13 @@ class WorkerHost(ABC, Generic[WorkerT]):
         if report.is_idle != was_idle:
             self._announcer.announce_soon()
 
-    async def _watch_steps(self, worker: WorkerT) -> None:
-        """A step loop that makes no progress makes the worker not serving: whoever watches health restarts it."""
+    async def _keep_alive(self, worker: WorkerT) -> None:
+        """Tells the ledger, well within a lease, which transfers are alive."""
         while True:
             await asyncio.sleep(1.0)
             with suppress(FailpointReached):
                 reach("loop.turn")
             worker.renew_leases()
-            stuck_s = self._environment.clock() - worker.steps.progress_s
-            if stuck_s > STUCK_AFTER_S:
-                self._health.set_dead(f"no step ended for {stuck_s:.0f} s")
-                worker.broken.set()
-                return
 
     def _status(self) -> pb.WorkerStatus:
         worker, report, transfers = self.worker, self._report, self._agent.stats()

@@ -66,6 +66,7 @@ class _Step:
     output: SchedulerOutput
     start_s: float
     num_prompt_tokens: int
+    num_generating: int
 
 
 class StepLoop(Generic[SchedulerT]):
@@ -98,7 +99,17 @@ class StepLoop(Generic[SchedulerT]):
         self._is_broken = False
         self._num_failed_steps = 0
         self._step: _Step | None = None  # what is being computed
-        self.progress_s = clock()  # when the thread last got somewhere, or had nothing to do
+        self.num_turns = 0  # grows whenever the thread gets somewhere, also while there is nothing to do
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def load(self) -> tuple[int, int] | None:
+        """Tokens of prompts, and requests that generate, in the step that is being computed."""
+        step = self._step
+        return None if step is None else (step.num_prompt_tokens, step.num_generating)
 
     def start(self) -> None:
         self._thread.start()
@@ -172,7 +183,8 @@ class StepLoop(Generic[SchedulerT]):
     def begin_step(self) -> list[ScheduledRequest] | None:
         """Runs the calls that came in and decides a step. None: nothing to compute before a call comes or time has passed."""
         self._take_calls()
-        now_s = self.progress_s = self._clock()
+        self.num_turns += 1
+        now_s = self._clock()
         try:
             self._on_turn(self._scheduler, now_s)
             if self._is_broken or not self._scheduler.has_work:
@@ -186,6 +198,7 @@ class StepLoop(Generic[SchedulerT]):
         """The batch of ``begin_step`` was computed, or failed."""
         assert self._step is not None
         step, self._step = self._step, None
+        self.num_turns += 1
         try:
             if isinstance(outcome, Exception):
                 self._fail(step.output, outcome)
@@ -222,7 +235,8 @@ class StepLoop(Generic[SchedulerT]):
             self.tell(self._on_events, StepEvents(started, output.granted, output.expired))
         if not output.scheduled:
             return None
-        self._step = _Step(output, now_s, sum(_num_prompt_tokens(item) for item in output.scheduled))
+        num_generating = sum(item.num_tokens == 1 for item in output.scheduled)
+        self._step = _Step(output, now_s, sum(map(_num_prompt_tokens, output.scheduled)), num_generating)
         return output.scheduled
 
     def _record(self, step: _Step, result: StepResult) -> None:

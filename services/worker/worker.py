@@ -73,6 +73,11 @@ class Worker(ABC, Generic[SchedulerT]):
     def num_active(self) -> int:
         return len(self._active)
 
+    def expected_step_s(self) -> float | None:
+        """Of the step that is being computed; 0.0 without one. May be asked from any thread."""
+        load = self.steps.load
+        return 0.0 if load is None else self.speed.expected_step_s(*load)
+
     # Called by the stream.
 
     def open_session(self, gateway: pb.WorkerIdentity) -> Session:
@@ -263,6 +268,7 @@ class Speed:
     """How fast steps went lately: exponentially weighted, so that a change shows within about 20 steps."""
 
     def __init__(self) -> None:
+        self.warm_step_s = 0.0  # of a step with one token, before anything else is known; 0.0: unknown
         self.prefill_s_per_token = 0.0
         self.decode_step_s = 0.0
         self.prompt_tokens_total = 0
@@ -276,6 +282,14 @@ class Speed:
             self.prefill_s_per_token = _blend(self.prefill_s_per_token, step_s / num_prompt_tokens)
         elif num_sampled and not num_prompt_tokens:
             self.decode_step_s = _blend(self.decode_step_s, step_s)
+
+    def expected_step_s(self, num_prompt_tokens: int, num_generating: int) -> float | None:
+        """How long a step should take, at most; None where there is nothing to tell it from."""
+        per_token_s = self.prefill_s_per_token or self.warm_step_s
+        decode_step_s = self.decode_step_s or self.warm_step_s
+        if (num_prompt_tokens and not per_token_s) or (num_generating and not decode_step_s):
+            return None
+        return num_prompt_tokens * per_token_s + (decode_step_s if num_generating else 0.0)
 
 
 def _blend(before: float, now: float) -> float:

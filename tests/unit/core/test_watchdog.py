@@ -1,0 +1,93 @@
+"""The watchdog: what is stuck, what is only slow, and what was only stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from baton.services.core.watchdog import Pulse, Watchdog, WatchdogLimits
+
+EVERY_S = 0.25
+
+
+class World:
+    """A watchdog that looks every quarter of a second at a process that turns and beats unless told otherwise."""
+
+    def __init__(self, **limits: float) -> None:
+        self.watchdog = Watchdog(WatchdogLimits(**limits), EVERY_S)
+        self.now_s = 1000.0
+        self.turns = self.beats = 0
+        self.is_thread_alive = True
+        self.expected_s: float | None = 0.0
+
+    def look(self) -> str | None:
+        return self.watchdog.look(Pulse(self.turns, self.beats, self.is_thread_alive, self.expected_s), self.now_s)
+
+    def seconds_until_stuck(self, *, turning: bool, beating: bool, most_s: float = 2000.0) -> tuple[float, str | None]:
+        start_s = self.now_s
+        while self.now_s - start_s < most_s:
+            self.now_s += EVERY_S
+            self.turns += turning
+            self.beats += beating
+            reason = self.look()
+            if reason is not None:
+                return self.now_s - start_s, reason
+        return self.now_s - start_s, None
+
+
+def test_a_process_that_gets_on_is_left_alone() -> None:
+    assert World().seconds_until_stuck(turning=True, beating=True)[1] is None
+
+
+def test_a_step_thread_that_does_not_turn_is_stuck_after_five_seconds() -> None:
+    after_s, reason = World().seconds_until_stuck(turning=False, beating=True)
+    assert after_s == pytest.approx(5.0, abs=3 * EVERY_S)
+    assert reason == "no step ended for 5.2 s"
+
+
+def test_an_event_loop_that_does_not_turn_is_stuck_after_five_seconds() -> None:
+    after_s, reason = World().seconds_until_stuck(turning=True, beating=False)
+    assert after_s == pytest.approx(5.0, abs=3 * EVERY_S)
+    assert reason == "the event loop did not turn for 5.2 s"
+
+
+def test_a_thread_that_has_ended_is_noticed_at_once() -> None:
+    world = World()
+    world.is_thread_alive = False
+    assert world.look() == "the step thread has ended"
+
+
+def test_a_step_may_take_ten_times_what_it_is_expected_to_take() -> None:
+    world = World()
+    world.expected_s = 3.0
+    after_s, _ = world.seconds_until_stuck(turning=False, beating=True)
+    assert after_s == pytest.approx(30.0, abs=3 * EVERY_S)
+
+
+def test_a_kind_of_step_that_was_never_done_gets_two_minutes() -> None:
+    world = World()
+    world.expected_s = None
+    after_s, _ = world.seconds_until_stuck(turning=False, beating=True)
+    assert after_s == pytest.approx(120.0, abs=3 * EVERY_S)
+
+
+def test_the_limit_is_the_operators() -> None:
+    after_s, _ = World(stuck_after_s=30.0).seconds_until_stuck(turning=False, beating=True)
+    assert after_s == pytest.approx(30.0, abs=3 * EVERY_S)
+    world = World(stuck_after_s=300.0)
+    world.expected_s = None
+    assert world.seconds_until_stuck(turning=False, beating=True)[0] > 299.0
+
+
+def test_a_process_that_was_stopped_and_woken_is_not_stuck() -> None:
+    world = World()
+    world.look()
+    world.now_s += 60.0  # nobody got a turn, the watchdog included
+    assert world.look() is None
+    assert world.seconds_until_stuck(turning=True, beating=True, most_s=20.0)[1] is None
+
+
+def test_any_progress_starts_the_count_anew() -> None:
+    world = World()
+    for _ in range(5):
+        assert world.seconds_until_stuck(turning=False, beating=True, most_s=4.0)[1] is None
+        world.turns += 1
