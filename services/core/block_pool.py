@@ -15,7 +15,7 @@ go of its blocks tail first, so a chain loses its tail before its shared head. E
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ class BlockPool:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} blocks of {block_size} tokens")
         self.block_size = block_size
+        self.now_s = 0.0  # the owner's clock when it last looked; holders are stamped with it
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is used first
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -168,6 +169,7 @@ class BlockPool:
             block.transfer_refs = 0
             block.transfer_hold = None
             self._quarantine[block_id] = hold
+        hold.since_s = self.now_s
         self._num_transfer -= len(block_ids)
 
     def release_quarantine(self, block_ids: Sequence[int]) -> None:
@@ -257,9 +259,10 @@ class BlockPool:
         """Blocks held past the deadline of their holder; a block with two such holders counts twice."""
         return sum(h.num_blocks for h in self._holds if h.deadline_s is not None and h.deadline_s < now)
 
-    def ledger(self) -> Iterator[LedgerEntry]:
+    def ledger(self, first_block_id: int = 0) -> Iterator[LedgerEntry]:
         """Every block that is not free, with its holders, in the order of ids."""
-        for block_id, block in enumerate(self._blocks):
+        for block_id in range(first_block_id, len(self._blocks)):
+            block = self._blocks[block_id]
             state = self._state(block_id)
             if state is BlockState.FREE:
                 continue
@@ -275,35 +278,40 @@ class BlockPool:
                 request_id=block.request_hold.holder if block.request_hold else None,
                 handoff=transfer.holder if transfer else None,
                 deadline_s=min(deadlines, default=None),
+                since_s=max((h.since_s for h in (block.request_hold, transfer) if h), default=None),
             )
 
     def check_integrity(self) -> int:
         """Walk all blocks and compare with every counter, list and index. Returns total minus the sum of the states.
 
-        Raises RuntimeError naming the first block or count that contradicts another.
+        Raises RuntimeError naming the first blocks or counts that contradict each other.
         """
-        seen = dict.fromkeys(BlockState, 0)
-        num_refs = num_named = 0
-        for block_id, block in enumerate(self._blocks):
-            seen[self._state(block_id)] += 1
-            num_refs += block.request_refs + block.transfer_refs
-            num_named += block.name is not None
-            if block.name is not None and self._by_name.get(block.name) != block_id:
-                raise RuntimeError(f"block {block_id} is called {block.name.hex()}, but that name finds another block")
+        for contradiction in self.contradictions():
+            raise RuntimeError(contradiction)
+        return self.counts().error
+
+    def contradictions(self) -> Iterator[str]:
+        """What a recount finds that is not as the counters, lists and indices say, with the ids of the blocks."""
+        states = [self._state(block_id) for block_id in range(len(self._blocks))]
         counts = self.counts()
-        for state, num in seen.items():
+        for state, num in Counter(dict.fromkeys(BlockState, 0) | Counter(states)).items():
             if counts.by_state(state) != num:
-                raise RuntimeError(f"{num} blocks are in state {state}, but {counts.by_state(state)} are counted")
+                yield f"{num} blocks are in state {state}, but {counts.by_state(state)} are counted"
         for state, listed in ((BlockState.FREE, self._free), (BlockState.CACHED, self._cached)):
-            if len(set(listed)) != len(listed) or any(self._state(block_id) is not state for block_id in listed):
-                raise RuntimeError(f"the list of {state} blocks holds one twice, or one in another state")
-        if len(self._by_name) != num_named:
-            raise RuntimeError(f"{len(self._by_name)} names are known for {num_named} named blocks")
+            in_state = {block_id for block_id, its in enumerate(states) if its is state}
+            if wrong := sorted(in_state.symmetric_difference(listed)):
+                yield f"blocks {_some(wrong)} are {state}, or in the list of {state} blocks, but not both"
+            elif len(listed) != len(in_state):
+                twice = sorted(block_id for block_id, times in Counter(listed).items() if times > 1)
+                yield f"the list of {state} blocks has {_some(twice)} twice"
+        named = {block_id: block.name for block_id, block in enumerate(self._blocks) if block.name is not None}
+        if wrong := sorted(block_id for block_id, name in named.items() if self._by_name.get(name) != block_id):
+            yield f"blocks {_some(wrong)} have names that find other blocks"
+        if len(self._by_name) != len(named):
+            yield f"{len(self._by_name)} names are known for {len(named)} named blocks"
+        num_refs = sum(block.request_refs + block.transfer_refs for block in self._blocks)
         if (held := sum(h.num_blocks for h in self._holds)) != num_refs + len(self._quarantine):
-            raise RuntimeError(
-                f"holders count {held} blocks, the blocks {num_refs} + {len(self._quarantine)} references"
-            )
-        return counts.error
+            yield f"holders count {held} blocks, the blocks {num_refs} + {len(self._quarantine)} references"
 
     def _state(self, block_id: int) -> BlockState:
         block = self._blocks[block_id]
@@ -318,6 +326,8 @@ class BlockPool:
     def _count(self, hold: Hold, change: int) -> None:
         if hold.num_blocks + change < 0:
             raise ValueError(f"{hold} has {hold.num_blocks} blocks and lets {-change} go")
+        if not hold.num_blocks:
+            hold.since_s = self.now_s
         hold.num_blocks += change
         if hold.num_blocks:
             self._holds.add(hold)
@@ -329,3 +339,8 @@ class BlockPool:
             del self._by_name[block.name]
             self._changed_names[block.name] = False
             block.name = None
+
+
+def _some(block_ids: Sequence[int], most: int = 10) -> str:
+    shown = ", ".join(map(str, block_ids[:most]))
+    return shown if len(block_ids) <= most else f"{shown} and {len(block_ids) - most} more"

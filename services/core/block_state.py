@@ -30,7 +30,8 @@ class Hold:
     owner: Owner
     holder: str  # request id; for a transfer "request id/attempt"
     deadline_s: float | None = None
-    num_blocks: int = 0  # kept by the pool
+    num_blocks: int = 0  # kept by the pool, as is
+    since_s: float = 0.0  # when it began to hold blocks, or left them in quarantine
 
     def __str__(self) -> str:
         return f"{self.owner.value} {self.holder}"
@@ -84,3 +85,8 @@ class LedgerEntry:
     request_id: str | None  # the latest request that holds it
     handoff: str | None  # the latest transfer that holds it, or left it in quarantine
     deadline_s: float | None  # the earliest of theirs
+    since_s: float | None  # when the later of its holders began to hold blocks, or left them in quarantine
+
+    def is_overdue(self, now: float) -> bool:
+        """Held past a deadline of its holders."""
+        return self.deadline_s is not None and self.deadline_s < now

@@ -36,6 +36,7 @@ class _Expected:
 
     active: ActiveRequest
     key: HandoffKey
+    sender: WorkerIdentity
     granted: asyncio.Future[Reservation] | None = None  # while the reservation waits for room
 
 
@@ -66,8 +67,8 @@ class DecodeWorker(Worker[DecodeScheduler]):
                 self.enqueue(active)
             return
         key = HandoffKey(active.request_id, active.attempt)
-        self._expected[active.id] = _Expected(active, key)
         sender = WorkerIdentity(command.prefill.worker_id, command.prefill.incarnation)
+        self._expected[active.id] = _Expected(active, key, sender)
         self.agent.expect(key, sender, active.request.deadline_s)
 
     # ReceiverHost: called by the transfer agent.
@@ -147,6 +148,9 @@ class DecodeWorker(Worker[DecodeScheduler]):
             self.forget(expected.active)  # the sender gave up on purpose, and says itself why
         else:
             self.fail(expected.active, to_baton_error(error))
+
+    def peers(self) -> dict[str, str]:
+        return {active_id: str(expected.sender) for active_id, expected in self._expected.items()}
 
     def renew_leases(self) -> None:
         held = [(active_id, expected.key.attempt) for active_id, expected in self._expected.items()]

@@ -15,6 +15,7 @@ from baton.services.gateway.generation_routes import generation_router
 from baton.services.gateway.info_routes import info_router
 from baton.services.gateway.sse import ClientGoneError
 from baton.services.gateway.text_routes import text_router
+from baton.services.gateway.worker_routes import worker_router
 
 _MAX_PATH_CHARS_SHOWN = 100
 
@@ -38,6 +39,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     app.include_router(generation_router(deps))
     app.include_router(text_router(deps))
     app.include_router(info_router(deps))
+    app.include_router(worker_router(deps))
     app.add_exception_handler(BatonError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid_route_parameter)

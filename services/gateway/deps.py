@@ -13,6 +13,7 @@ from baton.services.gateway.generation import Dispatcher, SloTarget
 from baton.services.gateway.limits import Door, Limits
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.tokenizer import ModelTokenizer
+from baton.services.gateway.worker_calls import NoWorkers, WorkerOperations
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class GatewayDeps:
     clock: Callable[[], float] = time.monotonic  # seconds; the clock of traces
     wall_clock: Callable[[], float] = time.time  # seconds since 1970; for "created"
     on_refused: Callable[[Refusal], None] = _ignore
+    operations: WorkerOperations = field(default_factory=NoWorkers)
     door: Door = field(init=False)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.served_model import ServedModel, read_generation_config
 from baton.services.gateway.tokenizer import ModelTokenizer, load_tokenizer
+from baton.services.gateway.worker_calls import WorkerCalls
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.block_key import read_block_key
 from baton.services.runtime.bus import Bus, NatsBus, NoBus
@@ -111,6 +112,7 @@ class GatewayService:
                 request_timeout_s=settings.request_timeout_s,
             ),
             on_refused=self._on_refused,
+            operations=WorkerCalls(self._registry),
         )
         await self._start_bus()
         await self._start_grpc(grpc_server)

@@ -104,6 +104,40 @@ def _status(
     return show_status(url, api_key)
 
 
+_Url = Annotated[str, typer.Option(help="Where the gateway's REST API is.", envvar="BATON_URL")]
+_Key = Annotated[str | None, typer.Option(help="API key.", envvar="BATON_API_KEY", show_envvar=False)]
+
+
+@app.command("blocks")
+def _blocks(
+    url: _Url = "http://127.0.0.1:8000",
+    api_key: _Key = None,
+    worker: Annotated[str | None, typer.Option(help="Only this worker.", metavar="ID")] = None,
+    overdue: Annotated[bool, typer.Option("--overdue", help="Only blocks held past their deadline.")] = False,
+    cached: Annotated[bool, typer.Option("--cached", help="Also what is kept as prefix cache.")] = False,
+) -> int:
+    """Show who holds which KV block: request, peer, phase, age and deadline."""
+    from baton.services.local.blocks import show_blocks
+
+    return show_blocks(url, api_key, worker_id=worker, overdue=overdue, cached=cached)
+
+
+@app.command("drain")
+def _drain(
+    worker: Annotated[str, typer.Argument(help="The worker's id.", metavar="WORKER")],
+    url: _Url = "http://127.0.0.1:8000",
+    api_key: _Key = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option(help="Seconds that running requests get; what is left goes on elsewhere.", min=0.001, max=3600),
+    ] = 30.0,
+) -> int:
+    """Take a worker out of use: nothing new, then wait until it holds nothing any more."""
+    from baton.services.local.blocks import drain_worker
+
+    return drain_worker(url, api_key, worker, timeout_s)
+
+
 def main() -> None:
     """Runs a command and exits: 0 done, 1 failed, 2 for options that cannot be used."""
     exit_cleanly_on_signals()

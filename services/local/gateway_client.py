@@ -33,12 +33,12 @@ class GatewayClient:
         self._timeout_s = timeout_s
 
     @staticmethod
-    def from_url(url: str, *, api_key: str | None = None) -> GatewayClient:
+    def from_url(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> GatewayClient:
         """Raises ValueError for what is not http://HOST[:PORT]."""
         split = urlsplit(url)
         if split.scheme != "http" or not split.hostname:
             raise ValueError(f"must look like http://host:8000, got {url!r}")
-        return GatewayClient(split.hostname, split.port or 80, api_key=api_key)
+        return GatewayClient(split.hostname, split.port or 80, api_key=api_key, timeout_s=timeout_s)
 
     def get(self, path: str) -> Answer:
         return self._request("GET", path, None)

@@ -125,6 +125,9 @@ class PrefillWorker(Worker[PrefillScheduler]):
             self.steps.post(lambda scheduler: scheduler.abort(active.id))
         self.steps.post(lambda scheduler: scheduler.release(active.id))
 
+    def peers(self) -> dict[str, str]:
+        return {active_id: str(d.spec.receiver) for active_id, d in self._destinations.items() if d.is_needed}
+
     def renew_leases(self) -> None:
         held = [(active_id, d.spec.attempt) for active_id, d in self._destinations.items() if d.handoff is not None]
         now_s = self._clock()

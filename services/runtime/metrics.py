@@ -236,6 +236,7 @@ class _WorkerCollector(Collector):
             ("baton_worker_prompt_tokens", "Prompt tokens computed.", "prompt_tokens_total"),
             ("baton_worker_generation_tokens", "Tokens generated.", "generation_tokens_total"),
             ("baton_worker_preemptions", "Requests put back to make room.", "preemptions_total"),
+            ("baton_worker_out_of_memory", "Engine steps that did not fit into memory.", "out_of_memory_total"),
             ("baton_worker_fenced", "Messages refused as stale, late or not granted.", "fenced_total"),
         ):
             counters = CounterMetricFamily(counter, text, labels=["worker"])

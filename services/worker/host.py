@@ -16,6 +16,7 @@ import structlog
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.kvtransfer.v1 import kvtransfer_pb2
+from baton.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.identity import WorkerIdentity
@@ -46,8 +47,9 @@ from baton.services.runtime.subjects import Subjects
 from baton.services.worker.announcer import Announcer
 from baton.services.worker.environment import Environment
 from baton.services.worker.failpoints import FailpointEngine, FailpointPool
+from baton.services.worker.ledger import LedgerServicer
 from baton.services.worker.parts import WorkerParts
-from baton.services.worker.pool_report import PoolReport, PoolWatch, make_report
+from baton.services.worker.pool_report import LedgerAudit, PoolReport, PoolWatch, add_report
 from baton.services.worker.watchdog import WatchdogThread
 from baton.services.worker.worker import Worker
 
@@ -55,6 +57,7 @@ log = structlog.get_logger(__name__)
 
 WorkerT = TypeVar("WorkerT", bound=Worker[Any])
 
+_DRAIN_POLL_S = 0.05
 # Host memory that blocks of a GPU pass through, both directions together.
 STAGING_BYTES = 256 << 20
 
@@ -133,8 +136,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
             collect_names=self._collect_names,
             on_replaced=self._on_replaced,
         )
+        audit = self._audit = LedgerAudit(pool)
         watch = PoolWatch(
-            pool, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
+            pool, audit, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
         )
         worker = self.worker = self.make_worker(parts, watch.on_turn)
         worker.speed.warm_step_s = self._warm_step_s
@@ -149,7 +153,12 @@ class WorkerHost(ABC, Generic[WorkerT]):
         except TransferError as error:
             raise ConfigurationError(f"--kv-port {settings.kv_port}: {error.message}") from error
         agent.add_to_server(server)
-        names = [*self.add_servicer(server, worker), *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR)]
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(LedgerServicer(worker, pool), server)
+        names = [
+            *self.add_servicer(server, worker),
+            *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR),
+            worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+        ]
         if settings.failpoints:
             names += enable_failpoints(settings.failpoints, server, self.identity.worker_id)
             stack.callback(clear_failpoints)
@@ -279,6 +288,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._health.set_draining()
         self._announcer.announce()
         await self.worker.drain()
+        # Peers may still be reading blocks, or writing into some: leases and quarantine end by themselves.
+        while not await self._holds_nothing():  # noqa: ASYNC110  several places change it, none of which tells
+            await asyncio.sleep(_DRAIN_POLL_S)
 
     async def drain_within(self, timeout_s: float) -> int:
         """Drains on somebody's request; returns how many requests were given up because the time was over."""
@@ -290,6 +302,11 @@ class WorkerHost(ABC, Generic[WorkerT]):
             return await self.worker.stop_requests()
         return 0
 
+    async def _holds_nothing(self) -> bool:
+        blocks, transfers = (await self.status()).kv_blocks, self._agent.stats()
+        is_moving = transfers.num_sending or transfers.num_receiving or transfers.num_quarantined
+        return not (blocks.request or blocks.transfer or blocks.quarantine or is_moving)
+
     async def stop(self) -> None:
         await self._stack.aclose()
 
@@ -299,9 +316,8 @@ class WorkerHost(ABC, Generic[WorkerT]):
     async def status(self) -> pb.WorkerStatus:
         """The worker as it is now, not as it was at the last report."""
         assert self.worker is not None
-        self._report = await self.worker.steps.call(
-            lambda scheduler: make_report(self._pool, scheduler, self._environment.clock())
-        )
+        audit, clock = self._audit, self._environment.clock
+        self._report = await self.worker.steps.call(lambda scheduler: audit.report(scheduler, clock()))
         return self._status()
 
     def _on_replaced(self, incarnation: str) -> None:
@@ -368,25 +384,10 @@ class WorkerHost(ABC, Generic[WorkerT]):
             status.decode_step_s = worker.speed.decode_step_s
             status.prompt_tokens_total = worker.speed.prompt_tokens_total
             status.generation_tokens_total = worker.speed.generation_tokens_total
+            status.out_of_memory_total = worker.steps.num_out_of_memory
         if report is not None:
-            _add_report(status, report)
+            add_report(status, report)
         return status
-
-
-def _add_report(status: pb.WorkerStatus, report: PoolReport) -> None:
-    counts, stats = report.counts, report.stats
-    status.kv_blocks.total = counts.total
-    status.kv_blocks.free = counts.free
-    status.kv_blocks.cached = counts.cached
-    status.kv_blocks.request = counts.request
-    status.kv_blocks.transfer = counts.transfer
-    status.kv_blocks.quarantine = counts.quarantine
-    status.overdue = report.num_overdue
-    status.ledger_error = counts.error
-    status.queued = stats.queued
-    status.running = stats.running
-    status.queued_tokens = stats.queued_tokens
-    status.preemptions_total = stats.preemptions_total
 
 
 def _transfer_options(settings: WorkerSettings) -> TransferOptions:

@@ -7,11 +7,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import structlog
+
+from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.block_state import BlockCounts
 from baton.services.core.scheduler.base import Scheduler, SchedulerStats
 
+log = structlog.get_logger(__name__)
+
 REPORT_EVERY_S = 0.1
+AUDIT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,7 @@ class PoolReport:
     counts: BlockCounts
     num_overdue: int
     stats: SchedulerStats
+    ledger_error: int = 0  # 0, or a bug: blocks unaccounted for, or 1 where a recount found a contradiction
 
     @property
     def is_idle(self) -> bool:
@@ -30,9 +37,51 @@ class PoolReport:
         return not (is_held or stats.queued or stats.running or stats.awaiting_kv)
 
 
-def make_report(pool: BlockPool, scheduler: Scheduler, now_s: float) -> PoolReport:
-    """To be called on the step thread."""
-    return PoolReport(pool.counts(), pool.overdue(now_s), scheduler.stats())
+def add_report(status: pb.WorkerStatus, report: PoolReport) -> None:
+    """What the report says, in the status that others see."""
+    counts, stats = report.counts, report.stats
+    status.kv_blocks.total = counts.total
+    status.kv_blocks.free = counts.free
+    status.kv_blocks.cached = counts.cached
+    status.kv_blocks.request = counts.request
+    status.kv_blocks.transfer = counts.transfer
+    status.kv_blocks.quarantine = counts.quarantine
+    status.overdue = report.num_overdue
+    status.ledger_error = report.ledger_error
+    status.queued = stats.queued
+    status.running = stats.running
+    status.queued_tokens = stats.queued_tokens
+    status.preemptions_total = stats.preemptions_total
+
+
+class LedgerAudit:
+    """Recounts a pool from time to time. Belongs to the step thread."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        # A block takes about a microsecond, and steps wait meanwhile: a thousandth of the time is for this.
+        self._every_s = max(AUDIT_EVERY_S, pool.num_blocks * 1e-3)
+        self._next_s = 0.0
+        self._contradictions: list[str] = []
+
+    def run_if_due(self, now_s: float) -> None:
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + self._every_s
+        contradictions = list(self._pool.contradictions())
+        if contradictions and contradictions != self._contradictions:
+            log.error("the block ledger contradicts itself", contradictions=contradictions)
+        self._contradictions = contradictions
+
+    @property
+    def found(self) -> bool:
+        """The last recount found that something is wrong."""
+        return bool(self._contradictions)
+
+    def report(self, scheduler: Scheduler, now_s: float) -> PoolReport:
+        counts = self._pool.counts()
+        error = counts.error or int(self.found)
+        return PoolReport(counts, self._pool.overdue(now_s), scheduler.stats(), error)
 
 
 class PoolWatch:
@@ -41,12 +90,14 @@ class PoolWatch:
     def __init__(
         self,
         pool: BlockPool,
+        audit: LedgerAudit,
         loop: asyncio.AbstractEventLoop,
         *,
         on_report: Callable[[PoolReport], None],
         on_names: Callable[[Sequence[bytes], Sequence[bytes]], None],
     ) -> None:
         self._pool = pool
+        self._audit = audit
         self._loop = loop
         self._on_report = on_report
         self._on_names = on_names
@@ -54,6 +105,8 @@ class PoolWatch:
         self._was_idle = False
 
     def on_turn(self, scheduler: Scheduler, now_s: float) -> None:
+        self._pool.now_s = now_s
+        self._audit.run_if_due(now_s)
         events = self._pool.take_events()
         if events.stored or events.removed:
             self._tell(self._on_names, events.stored, events.removed)
@@ -61,7 +114,7 @@ class PoolWatch:
         # The end of the work is told at once: the next turn may be a while away.
         if now_s >= self._next_report_s or (is_idle and not self._was_idle):
             self._next_report_s = now_s + REPORT_EVERY_S
-            self._tell(self._on_report, make_report(self._pool, scheduler, now_s))
+            self._tell(self._on_report, self._audit.report(scheduler, now_s))
         self._was_idle = is_idle
 
     def _tell(self, function: Callable[..., None], *arguments: object) -> None:

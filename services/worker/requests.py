@@ -17,6 +17,12 @@ def scheduler_id(request_id: str, attempt: int) -> str:
     return f"{request_id}#{attempt}"
 
 
+def split_scheduler_id(name: str) -> tuple[str, int]:
+    """What ``scheduler_id`` was made from; attempt 0 for a name that it did not make."""
+    request_id, separator, attempt = name.rpartition("#")
+    return (request_id, int(attempt)) if separator and attempt.isdecimal() else (name, 0)
+
+
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
     """One attempt at one request on this worker, from its start command to its last output."""

@@ -25,6 +25,7 @@ from baton.services.core.scheduler.base import (
     SchedulerOutput,
     StepResult,
 )
+from baton.services.engine.out_of_memory import is_out_of_memory, release_memory
 
 log = structlog.get_logger(__name__)
 
@@ -99,6 +100,7 @@ class StepLoop(Generic[SchedulerT]):
         self._is_broken = False
         self._num_failed_steps = 0
         self._step: _Step | None = None  # what is being computed
+        self.num_out_of_memory = 0  # steps that did not fit
         self.num_turns = 0  # grows whenever the thread gets somewhere, also while there is nothing to do
 
     @property
@@ -255,6 +257,12 @@ class StepLoop(Generic[SchedulerT]):
 
     def _fail(self, output: SchedulerOutput, error: Exception) -> None:
         """A step that raised: its requests fail, the others go on. After several in a row the worker gives up."""
+        if is_out_of_memory(error):
+            self.num_out_of_memory += 1
+            release_memory(error)
+            if len(output.scheduled) > 1:
+                self._shrink(output)
+                return
         log.error("engine step failed", num_requests=len(output.scheduled), exc_info=error)
         failed = [(item.request, f"the engine failed: {type(error).__name__}") for item in output.scheduled]
         for request, _ in failed:
@@ -263,6 +271,14 @@ class StepLoop(Generic[SchedulerT]):
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             self._break(f"{self._num_failed_steps} engine steps in a row failed")
+
+    def _shrink(self, output: SchedulerOutput) -> None:
+        """The step did not fit: its youngest request goes on elsewhere, and the others try again without it."""
+        youngest = max((item.request for item in output.scheduled), key=lambda request: request.arrival_s)
+        num_left = len(output.scheduled) - 1
+        log.warning("out of memory: a request is given up", request_id=youngest.request_id, num_left=num_left)
+        self._scheduler.abort(youngest.request_id)
+        self.tell(self._on_events, StepEvents(failed=[(youngest, "the engine ran out of memory")]))
 
     def _distrust(self, error: Exception) -> None:
         """Not the engine: what is known of the blocks cannot be trusted any more. Calls are answered until the end."""

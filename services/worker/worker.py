@@ -73,6 +73,10 @@ class Worker(ABC, Generic[SchedulerT]):
     def num_active(self) -> int:
         return len(self._active)
 
+    def now_s(self) -> float:
+        """On the clock that deadlines are on."""
+        return self._clock()
+
     def expected_step_s(self) -> float | None:
         """Of the step that is being computed; 0.0 without one. May be asked from any thread."""
         load = self.steps.load
@@ -129,6 +133,10 @@ class Worker(ABC, Generic[SchedulerT]):
     @abstractmethod
     def _give_up(self, active: ActiveRequest, reason: str) -> None:
         """Frees everything that the request holds here and at its peer. The gateway wants to hear no more of it."""
+
+    @abstractmethod
+    def peers(self) -> dict[str, str]:
+        """The worker at the other end of each handoff of a request, by the request's name here."""
 
     @abstractmethod
     def renew_leases(self) -> None:

@@ -34,6 +34,7 @@ class CountingEngine:
         self.gate.set()
         self.is_in_step = threading.Event()
         self.fails: Callable[[list[ScheduledRequest]], bool] = lambda batch: False
+        self.error: Exception = RuntimeError("the engine is broken")
         self.num_steps = 0
 
     def step(self, batch: list[ScheduledRequest]) -> StepResult:
@@ -42,7 +43,7 @@ class CountingEngine:
         assert self.gate.wait(10.0), "the test never opened the gate"
         self.is_in_step.clear()
         if self.fails(batch):
-            raise RuntimeError("the engine is broken")
+            raise self.error
         return StepResult(
             {
                 item.request.request_id: SampledToken((item.request.token_ids[-1] + 1) % VOCAB_SIZE)

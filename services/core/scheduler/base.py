@@ -163,5 +163,8 @@ class Scheduler(Protocol):
     def block_names(self, request_id: str) -> list[bytes]:
         """Names of the blocks of the request's tokens as they were when it came: full ones, then a partial one."""
 
+    def phase(self, request_id: str) -> str | None:
+        """Where a request stands that has not ended: its state. None for one that has, or is not known."""
+
     def stats(self) -> SchedulerStats:
         """The load now."""

@@ -179,6 +179,11 @@ class DecodeScheduler:
         self._end(sequence, FinishReason.ABORT)
         return sequence.request
 
+    def phase(self, request_id: str) -> str | None:
+        """Where a request stands that has not ended; None for others."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else sequence.request.state.value
+
     def block_names(self, request_id: str) -> list[bytes]:
         """Names of the request's blocks as it came, full ones, then a partial one. KeyError for one that is not here."""
         return self._sequences[request_id].initial_names

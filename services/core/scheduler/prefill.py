@@ -80,6 +80,11 @@ class PrefillScheduler:
         """A handoff will follow, unless the first token happens to end the request."""
         return not ends_with_next_token(request, self.limits.max_model_len)
 
+    def phase(self, request_id: str) -> str | None:
+        """Where a request stands that has not ended; None for others."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else sequence.request.state.value
+
     def block_names(self, request_id: str) -> list[bytes]:
         """Names of the prompt's blocks, full ones, then a partial one. Raises KeyError for a request that is not here."""
         return self._sequences[request_id].initial_names

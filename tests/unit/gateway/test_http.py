@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
@@ -37,7 +38,7 @@ async def test_every_route_needs_a_key_but_the_open_ones() -> None:
     assert {path for _, path in routes} >= {"/", "/tokenize", "/v1/models", "/v1/workers", "/openapi.json", CHAT}
     async with gateway.client() as client:
         for method, path in routes:
-            response = await client.request(method, path.replace("{name:path}", "x").replace("{request_id:path}", "x"))
+            response = await client.request(method, re.sub(r"{.*?}", "x", path))
             if path in OPEN_PATHS:
                 assert response.status_code == 200, path
             else:
@@ -289,3 +290,47 @@ def test_a_quarantined_request_is_an_error_that_clients_do_not_try_again() -> No
     assert (response.status_code, public.code) == (500, "request_quarantined")
     assert response.headers["x-should-retry"] == "false"
     assert "retry-after" not in response.headers
+
+
+# Operators.
+
+
+class Operations:
+    """Workers as the routes call them."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    async def blocks(self, worker_id: str, **query: Any) -> dict[str, Any]:
+        self.calls.append((worker_id, query))
+        if worker_id == "nobody":
+            raise BatonError(ErrorCode.NOT_FOUND, "There is no worker 'nobody'.", param="worker_id")
+        return {"object": "list", "worker": worker_id, "data": [], "next": None}
+
+    async def drain(self, worker_id: str, timeout_s: float) -> dict[str, Any]:
+        self.calls.append((worker_id, timeout_s))
+        return {"id": worker_id, "state": "drained", "given_up": 0}
+
+
+async def test_one_workers_blocks_can_be_listed_and_it_can_be_drained() -> None:
+    operations = Operations()
+    gateway = make_gateway(operations=operations)
+    async with gateway.client() as client:
+        page = await client.get("/v1/workers/decode-0/blocks?overdue=true&first=7&limit=50")
+        assert (page.status_code, page.json()["worker"]) == (200, "decode-0")
+        drained = await client.post("/v1/workers/decode-0/drain?timeout_s=2.5")
+        assert drained.json() == {"id": "decode-0", "state": "drained", "given_up": 0}
+        missing = await client.get("/v1/workers/nobody/blocks")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+        for query in ("limit=0", "limit=10001", "first=-1", "overdue=perhaps"):
+            refused = await client.get(f"/v1/workers/decode-0/blocks?{query}")
+            assert refused.status_code in (400, 404, 422), query
+            assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
+    assert operations.calls[0] == ("decode-0", {"overdue": True, "cached": False, "first": 7, "limit": 50})
+    assert operations.calls[1] == ("decode-0", 2.5)
+
+
+async def test_without_workers_there_is_nobody_to_ask() -> None:
+    async with make_gateway().client() as client:
+        assert (await client.get("/v1/workers/decode-0/blocks")).status_code == 404
+        assert (await client.post("/v1/workers/decode-0/drain")).status_code == 404

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from baton.services.local import cluster
+from baton.services.local.blocks import drain_worker, show_blocks
 from baton.services.local.bundled import BUNDLED_MODEL, BUNDLED_MODEL_NAME, with_model
 from baton.services.local.demo import DemoFailed, check, make_question, receipt_table
 from baton.services.local.gateway_client import GatewayClient, GatewayUnreachable
@@ -131,6 +132,68 @@ def test_status_passes_on_a_refusal(gateway: Gateway, capsys: pytest.CaptureFixt
     )
     assert show_status(url, "bad") == 1
     assert capsys.readouterr().err == f"baton status: {url} answered 401: wrong key\n"
+
+
+BLOCK: dict[str, Any] = {
+    "block_id": 17, "state": "transfer", "generation": 4, "name": None, "request_id": "cmpl-7", "attempt": 2,
+    "peer": "prefill-1/ab12cd34", "phase": "awaiting_kv", "age_s": 31.25, "deadline_in_s": -1.5, "overdue": True,
+}  # fmt: skip
+
+
+def blocks_page(*rows: dict[str, Any], following: int | None = None) -> tuple[int, bytes]:
+    return 200, json.dumps({"object": "list", "worker": "decode-0", "data": rows, "next": following}).encode()
+
+
+def test_blocks_names_request_peer_phase_age_and_deadline_of_every_page_of_every_worker(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    url, answers, _ = gateway
+    answers["/v1/workers"] = (200, json.dumps({"object": "list", "data": [WORKER]}).encode())
+    page = "/v1/workers/decode-0/blocks?overdue=true&cached=false&limit=1000&first="
+    answers[page + "0"] = blocks_page(BLOCK, following=90)
+    cached = {"state": "cached", "request_id": None, "attempt": None, "peer": None, "phase": None, "age_s": None}
+    answers[page + "90"] = blocks_page(BLOCK | cached | {"block_id": 91, "deadline_in_s": None, "overdue": False})
+    assert show_blocks(url, None, worker_id=None, overdue=True, cached=False) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "decode-0",
+        "17",
+        "transfer",
+        "cmpl-7/2",
+        "prefill-1/ab12cd34",
+        "awaiting_kv",
+        "31.2 s",
+        "1.5 s overdue",
+    ):
+        assert text in shown
+    assert "91" in shown
+    assert "2 block(s) overdue" in shown
+
+
+def test_blocks_and_drain_pass_on_a_refusal(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    url, answers, _ = gateway
+    body = b'{"error": {"message": "There is no worker.", "type": "x", "param": null, "code": "not_found"}}'
+    answers["/v1/workers/x/blocks?overdue=false&cached=false&limit=1000&first=0"] = (404, body)
+    answers["/v1/workers/x/drain?timeout_s=5.0"] = (404, body)
+    assert show_blocks(url, None, worker_id="x", overdue=False, cached=False) == 1
+    assert drain_worker(url, None, "x", 5.0) == 1
+    assert capsys.readouterr().err == (
+        f"baton blocks: {url} answered 404: There is no worker.\nbaton drain: {url} answered 404: There is no worker.\n"
+    )
+    assert drain_worker("http://127.0.0.1:1", None, "x", 5.0) == 1
+    assert drain_worker("nowhere", None, "x", 5.0) == 2
+
+
+def test_drain_says_what_was_handed_back(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    url, answers, requests = gateway
+    answers["/v1/workers/decode-0/drain?timeout_s=5.0"] = (
+        200,
+        b'{"id": "decode-0", "state": "drained", "given_up": 2}',
+    )
+    assert drain_worker(url, "sesame", "decode-0", 5.0) == 0
+    assert capsys.readouterr().out == "decode-0 is drained; 2 request(s) were handed back to go on elsewhere\n"
+    assert requests == ["POST /v1/workers/decode-0/drain?timeout_s=5.0 Bearer sesame "]
 
 
 def test_demo_question_can_be_answered_from_its_own_text() -> None:

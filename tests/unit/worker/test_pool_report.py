@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import structlog.testing
 from helpers.scheduling import make_decode, make_request
 
 from baton.services.core.block_state import Hold, Owner
-from baton.services.worker.pool_report import REPORT_EVERY_S, PoolReport, PoolWatch, make_report
+from baton.services.worker.pool_report import AUDIT_EVERY_S, REPORT_EVERY_S, LedgerAudit, PoolReport, PoolWatch
 
 
 class Watched:
@@ -18,6 +19,7 @@ class Watched:
         self.names: list[tuple[Sequence[bytes], Sequence[bytes]]] = []
         self.watch = PoolWatch(
             self.scheduler.pool,
+            LedgerAudit(self.scheduler.pool),
             asyncio.get_running_loop(),
             on_report=self.reports.append,
             on_names=lambda stored, removed: self.names.append((stored, removed)),
@@ -64,7 +66,7 @@ async def test_a_request_that_waits_and_blocks_in_quarantine_are_not_idle() -> N
     pool = watched.scheduler.pool
 
     def is_idle() -> bool:
-        return make_report(pool, watched.scheduler, 0.0).is_idle
+        return LedgerAudit(pool).report(watched.scheduler, 0.0).is_idle
 
     assert is_idle()
     watched.scheduler.add(make_request("a", 5))
@@ -77,3 +79,24 @@ async def test_a_request_that_waits_and_blocks_in_quarantine_are_not_idle() -> N
     assert not is_idle()
     pool.release_quarantine(blocks)
     assert is_idle()
+
+
+async def test_a_recount_that_contradicts_the_counters_is_an_error_and_one_line_with_the_blocks() -> None:
+    watched = Watched()
+    pool = watched.scheduler.pool
+    await watched.turn(1.0)
+    assert watched.reports[-1].ledger_error == 0
+    pool.allocate(3, Hold(Owner.REQUEST, "a"))
+    block_id = pool._free[-1]
+    pool._blocks[block_id].request_refs = 1  # a bug: nobody counted it
+    with structlog.testing.capture_logs() as logs:
+        await watched.turn(1.0 + AUDIT_EVERY_S / 2)
+        assert watched.reports[-1].ledger_error == 0  # not looked at yet
+        for k in range(1, 4):
+            await watched.turn(1.0 + k * AUDIT_EVERY_S)
+    assert watched.reports[-1].ledger_error == 1
+    assert len(logs) == 1
+    assert any(f"blocks {block_id} are free" in line for line in logs[0]["contradictions"])
+    pool._blocks[block_id].request_refs = 0
+    await watched.turn(1.0 + 5 * AUDIT_EVERY_S)
+    assert watched.reports[-1].ledger_error == 0

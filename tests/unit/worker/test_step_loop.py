@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import torch
 from helpers.scheduling import make_decode, make_request
 from helpers.waiting import eventually
 from helpers.worker_parts import CountingEngine
@@ -144,6 +145,48 @@ async def test_a_step_that_works_forgives_the_failures_before() -> None:
             await loop.add(f"r{number}", max_tokens=1)
             await eventually(lambda n=number: len(loop.failed) + len(loop.finished) == n + 1)
         assert not loop.broken
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+async def test_a_step_that_does_not_fit_gives_its_youngest_request_up_and_the_others_finish(error: Exception) -> None:
+    async with running() as loop:
+        loop.engine.error = error
+        loop.engine.fails = lambda batch: len(batch) > 2
+        loop.engine.gate.clear()
+        await loop.add("first", max_tokens=1)
+        await eventually(loop.engine.is_in_step.is_set)
+        # All come during one step, so that the next has all of them.
+        added = [
+            loop.steps.call(
+                lambda scheduler, k=k: scheduler.add(make_request(f"r{k}", 5, max_tokens=3, arrival_s=9.0 - k))
+            )
+            for k in range(5)
+        ]
+        loop.engine.gate.set()
+        await asyncio.gather(*added)
+        await eventually(lambda: len(loop.finished) == 3, timeout_s=30.0)
+        assert loop.failed == ["r0", "r1", "r2"]  # those that came last
+        assert sorted(loop.finished) == ["first", "r3", "r4"]
+        assert loop.steps.num_out_of_memory == 3
+        assert not loop.broken
+        assert loop.scheduler.pool.counts().request == 0
+
+
+async def test_a_request_that_does_not_fit_alone_fails_like_any_other() -> None:
+    async with running() as loop:
+        loop.engine.error = MemoryError()
+        loop.engine.fails = lambda batch: True
+        for number in range(MAX_FAILED_STEPS):
+            await loop.add(f"r{number}")
+            await eventually(lambda n=number: len(loop.failed) == n + 1, timeout_s=30.0)
+        await eventually(lambda: bool(loop.broken), timeout_s=30.0)
 
 
 async def test_a_failure_outside_the_engine_is_told_instead_of_ending_the_thread_in_silence() -> None:

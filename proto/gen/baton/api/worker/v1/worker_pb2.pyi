@@ -1,10 +1,56 @@
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetBlocksRequest(_message.Message):
+    __slots__ = ("overdue_only", "include_cached", "first_block_id", "max_num_blocks")
+    OVERDUE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_CACHED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    overdue_only: bool
+    include_cached: bool
+    first_block_id: int
+    max_num_blocks: int
+    def __init__(self, overdue_only: _Optional[bool] = ..., include_cached: _Optional[bool] = ..., first_block_id: _Optional[int] = ..., max_num_blocks: _Optional[int] = ...) -> None: ...
+
+class GetBlocksResponse(_message.Message):
+    __slots__ = ("worker_id", "blocks", "next_block_id")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_BLOCK_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    blocks: _containers.RepeatedCompositeFieldContainer[LedgerBlock]
+    next_block_id: int
+    def __init__(self, worker_id: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[LedgerBlock, _Mapping]]] = ..., next_block_id: _Optional[int] = ...) -> None: ...
+
+class LedgerBlock(_message.Message):
+    __slots__ = ("block_id", "state", "generation", "name", "request_id", "attempt", "peer", "phase", "age_s", "deadline_in_s")
+    BLOCK_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_IN_S_FIELD_NUMBER: _ClassVar[int]
+    block_id: int
+    state: str
+    generation: int
+    name: bytes
+    request_id: str
+    attempt: int
+    peer: str
+    phase: str
+    age_s: float
+    deadline_in_s: float
+    def __init__(self, block_id: _Optional[int] = ..., state: _Optional[str] = ..., generation: _Optional[int] = ..., name: _Optional[bytes] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., peer: _Optional[str] = ..., phase: _Optional[str] = ..., age_s: _Optional[float] = ..., deadline_in_s: _Optional[float] = ...) -> None: ...
 
 class SetFailpointsRequest(_message.Message):
     __slots__ = ("failpoints",)

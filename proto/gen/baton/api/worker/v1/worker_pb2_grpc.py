@@ -25,6 +25,82 @@ if _version_not_supported:
     )
 
 
+class WorkerServiceStub:
+    """Looks into a worker.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetBlocks = channel.unary_unary(
+                '/baton.api.worker.v1.WorkerService/GetBlocks',
+                request_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksRequest.SerializeToString,
+                response_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksResponse.FromString,
+                _registered_method=True)
+
+
+class WorkerServiceServicer:
+    """Looks into a worker.
+    """
+
+    def GetBlocks(self, request, context):
+        """The block ledger: who holds which block, since when and until when.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WorkerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBlocks,
+                    request_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksRequest.FromString,
+                    response_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.api.worker.v1.WorkerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.api.worker.v1.WorkerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class WorkerService:
+    """Looks into a worker.
+    """
+
+    @staticmethod
+    def GetBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.api.worker.v1.WorkerService/GetBlocks',
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksRequest.SerializeToString,
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class FailpointServiceStub:
     """Makes a process fail where and when a test wants it. Served only by a process that was started with --failpoints, which
     listens on loopback alone.

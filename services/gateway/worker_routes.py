@@ -1,0 +1,37 @@
+"""The routes for operators that ask one worker: its blocks, and to drain."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Query, Response
+
+from baton.services.gateway.deps import GatewayDeps
+
+_MAX_BLOCKS = 10_000
+
+
+def worker_router(deps: GatewayDeps) -> APIRouter:
+    """Behind the same keys as the list of workers."""
+    router = APIRouter()
+
+    @router.get("/v1/workers/{worker_id}/blocks")
+    async def list_blocks(
+        worker_id: str,
+        overdue: bool = False,
+        cached: bool = False,
+        first: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+        limit: Annotated[int, Query(ge=1, le=_MAX_BLOCKS)] = 1000,
+    ) -> Response:
+        """A page of the worker's block ledger: blocks that somebody holds; with ``cached`` also prefix cache."""
+        page = await deps.operations.blocks(worker_id, overdue=overdue, cached=cached, first=first, limit=limit)
+        return Response(orjson.dumps(page), media_type="application/json")
+
+    @router.post("/v1/workers/{worker_id}/drain")
+    async def drain(worker_id: str, timeout_s: Annotated[float, Query(gt=0, le=3600)] = 30.0) -> Response:
+        """Takes the worker out of use; answers when it holds nothing any more, or has given up what was left."""
+        answer = await deps.operations.drain(worker_id, timeout_s)
+        return Response(orjson.dumps(answer), media_type="application/json")
+
+    return router
