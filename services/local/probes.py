@@ -16,10 +16,10 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.services.local.child import Child
-from baton.services.runtime.grpc import create_channel
 
 _EVERY_S = 1.0
 _ANSWER_TIMEOUT_S = 2.0
+_OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
 # Fewer silent probes may be our own fault: this process may have been stopped in between.
 _MIN_SILENT_PROBES = 2
 
@@ -66,7 +66,8 @@ class WorkerProbes:
 
     async def _probe(self, child: Child, pid: int, address: str) -> None:
         try:
-            async with create_channel(address) as channel:
+            # Not with the options of other channels, which soon stop waiting for a process that is stopped.
+            async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
                 answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
