@@ -51,8 +51,7 @@ class Run:
         fenced = await self._fenced()
         self.exchanges = make_exchanges(shape, asks, self.name)
         watches = [
-            asyncio.create_task(work)
-            for work in (self._watch_workers(), self._supervise(), self._measure_memory(len(self.exchanges)))
+            asyncio.create_task(work) for work in (self._watch_workers(), self._supervise(), self._measure_memory())
         ]
         try:
             self._load = asyncio.create_task(run_load(cluster.url, shape, self.exchanges, len(asks), self.name))
@@ -233,9 +232,9 @@ class Run:
             if later is not None:
                 self.result.recovery_s = max(self.result.recovery_s or 0.0, later - since_s)
 
-    async def _measure_memory(self, num_requests: int) -> None:
-        """What each process has to itself after half of the requests: by then buffers and caches have their size."""
-        while 2 * sum(exchange.answer.ended_s > 0 for exchange in self.exchanges) < num_requests:
+    async def _measure_memory(self) -> None:
+        """What each process has to itself when buffers and caches have their size, and the gateway its receipts."""
+        while sum(exchange.answer.ended_s > 0 for exchange in self.exchanges) < self.scenario.expect.growth_from:
             await asyncio.sleep(0.2)
         self._memory = private_bytes(self.cluster)
 
@@ -252,7 +251,7 @@ class Run:
         result.growth = max(growth.values(), default=None)
         if self.scenario.expect.max_growth is not None:
             result.notes += [
-                f"memory of {key[0]}: {now[key] >> 20} MiB, {factor:.3f} of half-way" for key, factor in growth.items()
+                f"memory of {key[0]}: {now[key] >> 20} MiB, {factor:.3f} of before" for key, factor in growth.items()
             ]
         if not self.scenario.is_last:
             await cluster.heal()
@@ -280,8 +279,8 @@ def held_by(cluster: ChaosCluster) -> dict[tuple[str, int], Held]:
 
 
 def private_bytes(cluster: ChaosCluster) -> dict[tuple[str, int], int]:
-    """Memory that each running process shares with nobody, by name and pid."""
-    running = [(name, process) for name, process in cluster.processes.items() if process.is_running]
+    """Memory that each running process of ours shares with nobody, by name and pid."""
+    running = [(name, p) for name, p in cluster.processes.items() if p.is_running and name != "nats"]
     return {(name, process.pid): process.private_bytes() for name, process in running}
 
 

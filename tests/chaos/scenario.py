@@ -53,7 +53,8 @@ class Criteria:
     min_retries: int = 0  # or the fault met nobody, and nothing was tried
     min_injected: int = 0  # likewise
     min_fenced: int = 0  # stale messages that were refused
-    max_growth: float | None = None  # private memory of any process, as a factor
+    max_growth: float | None = None  # private memory of any process of ours, as a factor
+    growth_from: int = 0  # since so many requests had ended
     max_crashes: int | None = None  # of workers, by themselves
 
 
