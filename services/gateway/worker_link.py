@@ -95,13 +95,9 @@ class WorkerLink:
                     stack.push_async_callback(_end_tasks, [writer])
                     self.is_connected = was_connected = True
                     self.on_connected()
-                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-            except grpc.aio.AioRpcError as error:
-                reason = f"{error.code().name.lower()}: {error.details() or 'no details'}"
-            except TimeoutError as error:
-                reason = str(error) or "no answer to the hello"
+                reason = await _first_failure(ends) or reason
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                reason = _why(error)
             finally:
                 self.is_connected = False
                 self._fail_all(reason)
@@ -192,6 +188,26 @@ class WorkerLink:
         message = f"worker {self.worker_id} was lost ({reason})"
         failure = BatonError(ErrorCode.WORKER_LOST, message, retryable=True)
         request.arrivals.put_nowait(Arrival(self, key[1], failure=failure))
+
+
+async def _first_failure(tasks: list[asyncio.Task[None]]) -> str:
+    """Waits for the first to end; returns why it failed, empty if it did not.
+
+    Nothing is raised on: a traceback through the caller would keep it, and its call, until the collector comes by. The
+    connection to a peer that is merely silent would stay open as long.
+    """
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    errors = [error for task in done if (error := task.exception()) is not None]
+    unforeseen = [error for error in errors if not isinstance(error, (grpc.aio.AioRpcError, TimeoutError))]
+    if unforeseen:
+        raise unforeseen[0]
+    return _why(errors[0]) if errors else ""
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name.lower()}: {error.details() or 'no details'}"
+    return str(error) or "no answer to the hello"
 
 
 async def _end_tasks(tasks: list[asyncio.Task[None]]) -> None:

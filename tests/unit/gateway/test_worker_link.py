@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
+from helpers.fault_proxy import Fault, fault_proxy
 from helpers.scripted_worker import ScriptedWorker, run_worker
 from helpers.waiting import eventually
 
@@ -135,6 +137,24 @@ async def test_a_worker_that_says_nothing_any_more_is_lost_and_what_it_says_late
         assert arrivals.empty()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_the_connection_to_a_silent_worker_is_closed_at_once_not_when_garbage_is_collected() -> None:
+    async with run_worker("d", Role.DECODE) as worker, fault_proxy() as proxy:
+        host, _, port = worker.address.rpartition(":")
+        proxy.target = (host, int(port))
+        link = make_link(worker)
+        link.address, link.peer_timeout_s = f"127.0.0.1:{proxy.port}", 0.6
+        gc.disable()
+        try:
+            task = asyncio.create_task(link.run())
+            await eventually(lambda: link.is_connected, timeout_s=30.0)
+            proxy.board.set("*", Fault(stall=True))
+            assert await task
+            proxy.board.clear()
+            await eventually(lambda: proxy.num_open == 0, timeout_s=15.0)  # long before a keepalive would notice
+        finally:
+            gc.enable()
 
 
 async def test_a_quiet_worker_that_lives_is_not_lost() -> None:
