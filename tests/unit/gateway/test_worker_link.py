@@ -157,6 +157,23 @@ async def test_the_connection_to_a_silent_worker_is_closed_at_once_not_when_garb
             gc.enable()
 
 
+async def test_nor_does_a_connection_stay_whose_hello_was_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "CONTROL_TIMEOUT_S", 0.5)
+    async with run_worker("d", Role.DECODE) as worker, fault_proxy() as proxy:
+        host, _, port = worker.address.rpartition(":")
+        proxy.target = (host, int(port))
+        proxy.board.set("*", Fault(stall=True, direction="back"))
+        link = make_link(worker)
+        link.address = f"127.0.0.1:{proxy.port}"
+        gc.disable()
+        try:
+            assert not await link.run()
+            proxy.board.clear()
+            await eventually(lambda: proxy.num_open == 0, timeout_s=15.0)
+        finally:
+            gc.enable()
+
+
 async def test_a_quiet_worker_that_lives_is_not_lost() -> None:
     async with run_worker("d", Role.DECODE) as worker:
         link = make_link(worker)
