@@ -34,12 +34,7 @@ from baton.services.core.scheduler.base import (
 from baton.services.core.scheduler.block_tables import BlockTables, Plan, Sequence
 from baton.services.core.scheduler.cache_moves import CacheMoves
 from baton.services.core.scheduler.chunking import share_tokens
-from baton.services.core.scheduler.finish import (
-    append_token,
-    check_can_be_served,
-    ends_with_next_token,
-    max_kv_tokens,
-)
+from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token, max_kv_tokens
 from baton.services.core.scheduler.growth import GrowthPromises
 from baton.services.core.scheduler.incoming import IncomingHandoffs, IncomingState
 from baton.services.core.scheduler.output_length import OutputLengthEstimator
