@@ -2,8 +2,8 @@
 
 A row is a list of (largest head_dim, largest element size, parameters); the first that covers a call is taken. The
 values are pinned, so that a kernel's order of summation, and with it its last bits, does not depend on what ran before.
-``python -m baton.kernels.gpu_check --tune`` times the candidates below on the GPU at hand and prints the best; none of
-the rows has been measured yet (RESULTS.md).
+``python -m baton.kernels.gpu_check --tune`` times the candidates below on the GPU at hand and prints the best;
+RESULTS.md has what it printed, and which rows were compared with the references on which GPU.
 """
 
 from __future__ import annotations
