@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic import ByteSize
 
 from baton.kvtransfer.memory import BlockMemory
 from baton.services.core.scheduler.base import ScheduledRequest
+from baton.services.core.watchdog import Pulse, Watchdog, WatchdogLimits
 from baton.services.decode.__main__ import DecodeHost
 from baton.services.engine.engine import Engine
 from baton.services.engine.loader import LoadedModel
@@ -28,9 +30,11 @@ from baton.services.runtime.settings import WorkerSettings
 from baton.services.worker.environment import Environment
 from baton.services.worker.host import WorkerHost
 from baton.services.worker.step_loop import StepLoop
+from baton.services.worker.worker import Worker
 
 CLUSTER = "sim"
 STOP_TIMEOUT_S = 10.0
+WATCH_EVERY_S = 0.5
 
 
 class VirtualStepLoop(StepLoop[Any]):
@@ -41,6 +45,10 @@ class VirtualStepLoop(StepLoop[Any]):
     def start(self) -> None:
         self._call_came: asyncio.Future[None] | None = None
         self._task = asyncio.get_running_loop().create_task(self._take_turns(), name="step")
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._task.done()
 
     async def stop(self) -> None:
         self._is_closed = True
@@ -88,10 +96,28 @@ class _Machine:
 
     engine: SimEngine
     memory: SimMemory
+    end_process: Callable[[], None]
 
     def _lay_out(self, loaded: LoadedModel, num_blocks: int, block_bytes: int) -> tuple[Engine, BlockMemory]:
         assert (num_blocks, block_bytes) == (self.memory.num_blocks, BLOCK_BYTES)
         return self.engine, self.memory  # type: ignore[return-value]
+
+    def _watch(self, worker: Worker[Any]) -> None:
+        """The thread that watches is a task here; it decides as in production, and ends the process."""
+        watching = asyncio.get_running_loop().create_task(self._look(worker), name="watchdog")
+        self._stack.callback(watching.cancel)  # type: ignore[attr-defined]
+
+    async def _look(self, worker: Worker[Any]) -> None:
+        loop, steps = asyncio.get_running_loop(), worker.steps
+        watchdog = Watchdog(WatchdogLimits(self.settings.stuck_after_s), WATCH_EVERY_S)  # type: ignore[attr-defined]
+        for beats in itertools.count():
+            pulse = Pulse(steps.num_turns, beats, steps.is_alive, worker.expected_step_s())
+            reason = watchdog.look(pulse, loop.time())
+            if reason is not None:
+                self._health.set_dead(reason)  # type: ignore[attr-defined]
+                await asyncio.sleep(WATCH_EVERY_S)
+                self.end_process()
+            await asyncio.sleep(WATCH_EVERY_S)
 
 
 class _SimPrefillHost(_Machine, PrefillHost):
@@ -175,6 +201,7 @@ class SimWorker:
         bus: Bus = SimBus(self._bus)
         host = make(self._settings, load=lambda: LOADED, bus=bus, environment=environment)
         host.memory = SimMemory(self.num_blocks)
+        host.end_process = self.kill
         host.engine = SimEngine(host.memory, *self._cost)
         self.host = host
         self._stop_signal = asyncio.Event()
