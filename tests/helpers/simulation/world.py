@@ -193,7 +193,9 @@ def run_seed(seed: int, *, keep_trace: bool = False, make: Callable[[int], Scena
         with _logs_to(trace):
             try:
                 world = loop.run_until_complete(_run(scenario, loop, trace))
+                num_callbacks, end_s = loop.num_callbacks, loop.time()
             finally:
+                trace.is_kept = False  # the run is over; tasks are ended in an order that no seed decides
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that nobody will await any more
                     _close(loop)
@@ -206,8 +208,8 @@ def run_seed(seed: int, *, keep_trace: bool = False, make: Callable[[int], Scena
         Counter(got.code for got in world.gots if got.code),
         world.injector.counts,
         sum(len(got.tokens) for got in world.gots),
-        loop.time(),
-        loop.num_callbacks,
+        end_s,
+        num_callbacks,
         text,
         hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
         trace.counts,
