@@ -45,6 +45,7 @@ class WorkerProbes:
         self._every_s = every_s
         self._addresses: dict[int, str] = {}  # by pid
         self._silent: dict[int, tuple[float, int]] = {}  # by pid: since when, and how many probes
+        self._dead: set[int] = set()  # pids that have said once that they cannot go on
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -57,6 +58,7 @@ class WorkerProbes:
             for known in (self._addresses, self._silent):
                 for pid in known.keys() - running.keys():
                     del known[pid]
+            self._dead &= running.keys()
             probes: list[Awaitable[None]] = [
                 self._probe(child, pid, self._addresses[pid])
                 for pid, child in running.items()
@@ -76,8 +78,12 @@ class WorkerProbes:
                 self._on_silence(child, pid)
             return
         self._silent.pop(pid, None)
-        if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+        if answer.status != health_pb2.HealthCheckResponse.NOT_SERVING:
+            self._dead.discard(pid)
+        elif pid in self._dead:
             self._replace(child, "says that it cannot go on")
+        else:
+            self._dead.add(pid)  # it dumps its stacks and ends by itself; only one that does not is killed
 
     def _on_silence(self, child: Child, pid: int) -> None:
         now_s = time.monotonic()

@@ -52,6 +52,7 @@ async def test_a_prefill_worker_lost_behind_its_handoff_ends_nothing(is_lost: bo
     async with dispatching((lose_the_acknowledgement,), (silent,)) as (made, (p,), (d,)):
         generation = made.dispatcher.generate(made.request())
         await anext(generation)
+        await eventually(lambda: d.starts)  # the other worker may have been faster
         spec = d.starts[0].spec
         d.say(spec, 1, 101, transfer=TRANSFER)
         await anext(generation)
