@@ -17,7 +17,9 @@ from helpers.oracle import Subject, make_prompt, make_subject
 from helpers.serving import Serving, serving
 from helpers.waiting import eventually_sync
 
+# Workers that a test stops are not replaced: they are to wake again.
 OPTIONS = ("--kv-cache-memory", "32MiB", "--dtype", "float32", "--served-model-name", "tiny")
+OPTIONS += ("--replace-unresponsive-after-s", "0")
 NUM_TOKENS = 200
 PATIENCE_S = 90.0
 GREEDY = {"temperature": 0}

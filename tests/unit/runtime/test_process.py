@@ -31,6 +31,6 @@ print(private_mib() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_products_of_ever_new_sizes_do_not_fill_the_memory() -> None:
-    """Unbounded, they add more than 100 MiB."""
+    """Unbounded, they add more than 100 MiB; bounded 10 to 21, as the allocator has it."""
     run = subprocess.run([sys.executable, "-P", "-c", SCRIPT], capture_output=True, text=True, timeout=240, check=True)
-    assert float(run.stdout) < 20
+    assert float(run.stdout) < 50
