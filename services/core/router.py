@@ -18,6 +18,12 @@ from baton.services.core.fetch import FetchPlan, FetchPolicy, plan_fetch
 from baton.services.core.links import LinkMatrix, LinkView, PairKey, Standing
 
 
+_STEPS_TO_A_SEAT = 100.0  # until a sequence ends and leaves its place, roughly
+# A short answer's length: how many steps of a fuller batch are set against a quicker way to the first token. At a full batch a
+# step is taken to last twice as long as that of an empty one.
+_STEPS_COMPARED = 32
+
+
 class Role(StrEnum):
     """What a worker does."""
 
@@ -91,7 +97,7 @@ class Candidate:
     prefill_s: float
     transfer_s: float
     decode_wait_s: float
-    interference_s: float = 0.0  # time that it takes from the streams already running on the decode worker, summed
+    interference_s: float = 0.0  # time that it costs after the first token: itself, and the streams beside it
     fetch: FetchPlan | None = None  # what the worker that prefills gets from a third one first
 
     @property
@@ -206,7 +212,7 @@ def _price_local(
         prefill_s=prefill_s,
         transfer_s=0.0,
         decode_wait_s=_seat_wait_s(request, decoder),
-        interference_s=prefill_s * decoder.running,
+        interference_s=prefill_s * decoder.running + _crowding_s(decoder),
         fetch=fetch,
     )
 
@@ -232,6 +238,7 @@ def _price_remote(
             _link(prefiller, decoder, links), num_sent * request.block_bytes, num_last_chunk * request.block_bytes
         ),
         decode_wait_s=_seat_wait_s(request, decoder),
+        interference_s=_crowding_s(decoder),
         fetch=fetch,
     )
 
@@ -244,12 +251,17 @@ def _link(prefiller: WorkerView, decoder: WorkerView, links: LinkView) -> LinkCo
 
 
 def _seat_wait_s(request: RoutedRequest, decoder: WorkerView) -> float:
-    """Wait for a place in the batch and for blocks; among decoders with both, a fuller batch steps slower."""
+    """Wait for a place in the batch and for blocks."""
     num_blocks = -(-request.num_tokens // request.block_size)
     lacking = max(0, num_blocks - decoder.available_blocks) / max(1, num_blocks)
     too_many = max(0, decoder.running + 1 - decoder.max_num_seqs)
-    crowding = decoder.running / decoder.max_num_seqs
-    return decoder.cost.decode_step_s * (crowding + 100.0 * (too_many + lacking))
+    return decoder.cost.decode_step_s * _STEPS_TO_A_SEAT * (too_many + lacking)
+
+
+def _crowding_s(decoder: WorkerView) -> float:
+    """A fuller batch steps slower, for every token that is to come: without this, one decode worker whose link is quicker by
+    a hair gets everything."""
+    return decoder.cost.decode_step_s * _STEPS_COMPARED * decoder.running / decoder.max_num_seqs
 
 
 def _explain(chosen: Candidate, placement: Placement, num_remote: int, num_local: int) -> str:

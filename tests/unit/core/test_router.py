@@ -58,6 +58,19 @@ def test_a_full_decoder_is_avoided() -> None:
     assert route(request(), [P0, out_of_blocks, D1]).chosen.decode == D1
 
 
+def test_a_link_that_is_quicker_by_a_hair_does_not_get_every_stream() -> None:
+    links = LinkMatrix()
+    for decoder, rtt_ms in ((D0, 0.5), (D1, 3.0)):
+        measured = ProbeResult("tcp", is_verified=True, rtt_ms=rtt_ms, gb_per_s=1.0)
+        links.on_probe(PairKey(P0.incarnation, decoder.incarnation), measured, now=0.0)
+    assert route(request(), [P0, D0, D1], links=links).chosen.decode == D0
+    running = {D0.worker_id: 0, D1.worker_id: 0}
+    for _ in range(16):
+        workers = [dataclasses.replace(decoder, running=running[decoder.worker_id]) for decoder in (D0, D1)]
+        running[route(request(), [P0, *workers], links=links).chosen.decode.worker_id] += 1
+    assert max(running.values()) - min(running.values()) <= 2, running
+
+
 def test_a_pair_that_failed_together_is_avoided_and_its_workers_are_not() -> None:
     failed = request(excluded_pairs={(P0.incarnation, D0.incarnation)})
     assert route(failed, [P0, D0, D1]).chosen.workers == (P0, D1)
