@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 from chaos.client import get, get_json
+from chaos.descriptors import Held, held_by_process
 from chaos.failpoints import set_failpoints
 from chaos.processes import ManagedProcess
 from chaos.socket_owner import owner_of
@@ -85,6 +86,7 @@ class ChaosCluster:
         (directory / "block-key").chmod(0o600)
         self.processes: dict[str, ManagedProcess] = {}
         self._ports: dict[str, int] = {}  # of the workers' gRPC servers
+        self._kv_ports: dict[str, int] = {}
 
     @property
     def url(self) -> str:
@@ -126,7 +128,7 @@ class ChaosCluster:
         """Prepares a worker; a name's role is the part before its number. ``worker_id``: an id other than the name."""
         role = name.rpartition("-")[0]
         port, kv_port = _port(), _port()
-        self._ports[name] = port
+        self._ports[name], self._kv_ports[name] = port, kv_port
         nats = self.proxies.get(("nats", "nats"))
         flags = {
             **_WORKER_DEFAULTS,
@@ -232,6 +234,20 @@ class ChaosCluster:
             counts["unaccounted"] = blocks["total"] - sum(n for state, n in blocks.items() if state != "total")
             held.update({f"{worker['id']} {name}, shown": abs(number) for name, number in counts.items() if number})
         return held
+
+    def descriptors(self) -> dict[tuple[str, int], Held]:
+        """What each running process holds of the system, by name and pid."""
+        listened = {port: f"{name}:grpc" for name, port in self._ports.items()}
+        listened |= {port: f"{name}:kv" for name, port in self._kv_ports.items()}
+        listened |= {self._nats_port: "nats:nats", self.port: "gateway:http"}
+        reached = {proxy.port: f"{name}:{kind}" for (name, kind), proxy in self.proxies.items()} or listened
+        running = [(name, process) for name, process in self.processes.items() if process.is_running]
+        return {
+            (name, process.pid): held_by_process(
+                process.pid, reached, {port: end for port, end in listened.items() if end.startswith(f"{name}:")}
+            )
+            for name, process in running
+        }
 
     async def metrics(self) -> dict[str, float]:
         """``GET /metrics``: every sample by its name and labels."""

@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,14 +14,6 @@ import psutil
 from baton.services.runtime.process import PARENT_PID_VARIABLE
 
 _KILL_AFTER_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a process holds of the system: open descriptors, and memory that has no name but can be shared."""
-
-    descriptors: int
-    segments: int
 
 
 class ManagedProcess:
@@ -90,14 +81,6 @@ class ManagedProcess:
             except TimeoutError:
                 await self.kill()
         return self.exit_status
-
-    def held(self) -> Held:
-        folder = Path(f"/proc/{self.pid}/fd")
-        targets = []
-        for descriptor in folder.iterdir():
-            with suppress(OSError):  # closed meanwhile
-                targets.append(os.readlink(descriptor))
-        return Held(len(targets), sum("memfd:" in target or "/dev/shm/" in target for target in targets))
 
     def private_bytes(self) -> int:
         """Memory that it shares with nobody."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from chaos.client import get_json
 from chaos.cluster import ChaosCluster
+from chaos.descriptors import Held, more_held
 from chaos.failpoints import set_failpoints
 from chaos.load import Exchange, Reference, Shape, make_exchanges, run_load
 from chaos.probes import PROBES
-from chaos.processes import Held
 from chaos.results import Result, judge
 from chaos.scenario import Scenario, Step
 from helpers.fault_proxy import Fault
@@ -23,7 +23,7 @@ from helpers.fault_proxy import Fault
 _POLL_S = 0.01
 _STEP_TIMEOUT_S = 120.0
 _SAME_AGAIN_S = 20.0  # for descriptors of connections that end by themselves
-# Touches every pair of workers, so that what a pair keeps open is open before and after.
+# What a worker opens with its first requests is open before and after.
 _WARM_UP = Shape(requests=24, streams=8, prompt_tokens=(20, 120), max_tokens=(4, 12), seed=999)
 
 
@@ -46,7 +46,7 @@ class Run:
         cluster, shape = self.cluster, self.scenario.load
         asks = await self.reference.make_asks(cluster.url, shape)
         await warm_up(cluster, self.reference, f"{self.name}-before")
-        before = held_by(cluster)
+        before = cluster.descriptors()
         self._pieces_before = dict(cluster.board.num_pieces)
         fenced = await self._fenced()
         self.exchanges = make_exchanges(shape, asks, self.name)
@@ -95,17 +95,17 @@ class Run:
             "streaming": lambda n: sum(bool(a.token_ids) and not a.ended_s for a in answers) >= n,
             "pieces": lambda v: self._pieces(v["link"]) >= v["at_least"],
         }
-        if self._load.done() and set(when) & {"sent", "tokens", "ended", "streaming", "pieces"}:
+        if self._load.done() and set(when) & {"sent", "tokens", "ended", "streaming", "pieces", "running"}:
             return True  # it will not come any more
         for name, value in when.items():
             if name == "load_ended":
                 await asyncio.wait([self._load])
-            elif name in ("state", "queued"):
+            elif name in ("state", "queued", "running"):
                 workers = {worker["id"]: worker for worker in await self.cluster.workers()}
                 worker = workers.get(value["worker"])
                 if name == "state" and (worker["state"] if worker else "unknown") not in value["is"]:
                     return False
-                if name == "queued" and (worker is None or worker["queued"] < value["at_least"]):
+                if name != "state" and (worker is None or worker[name] < value["at_least"]):
                     return False
             elif not checks[name](value):
                 return False
@@ -253,11 +253,11 @@ class Run:
             result.notes += [
                 f"memory of {key[0]}: {now[key] >> 20} MiB, {factor:.3f} of before" for key, factor in growth.items()
             ]
-        if not self.scenario.is_last:
+        if self.scenario.heals:
             await cluster.heal()
             await warm_up(cluster, self.reference, f"{self.name}-after")
         started_s = time.monotonic()
-        while (more := _more_held(before, held_by(cluster))) and time.monotonic() - started_s < _SAME_AGAIN_S:
+        while (more := more_held(before, cluster.descriptors())) and time.monotonic() - started_s < _SAME_AGAIN_S:
             await asyncio.sleep(0.2)
         result.leaked += sum(more.values())
         result.notes += [f"still open: {name} {number}" for name, number in more.items()]
@@ -272,25 +272,10 @@ async def warm_up(cluster: ChaosCluster, reference: Reference, name: str) -> Non
     assert not any((result.failed, result.wrong, result.lost, result.doubled)), result.notes
 
 
-def held_by(cluster: ChaosCluster) -> dict[tuple[str, int], Held]:
-    """What each running process holds of the system, by name and pid."""
-    running = [(name, process) for name, process in cluster.processes.items() if process.is_running]
-    return {(name, process.pid): process.held() for name, process in running}
-
-
 def private_bytes(cluster: ChaosCluster) -> dict[tuple[str, int], int]:
     """Memory that each running process of ours shares with nobody, by name and pid."""
     running = [(name, p) for name, p in cluster.processes.items() if p.is_running and name != "nats"]
     return {(name, process.pid): process.private_bytes() for name, process in running}
-
-
-def _more_held(before: dict[tuple[str, int], Held], now: dict[tuple[str, int], Held]) -> dict[str, int]:
-    """By how much processes that lived through it all hold more than before."""
-    more = {}
-    for key in before.keys() & now.keys():
-        more[f"{key[0]} descriptors"] = now[key].descriptors - before[key].descriptors
-        more[f"{key[0]} segments"] = now[key].segments - before[key].segments
-    return {name: number for name, number in more.items() if number > 0}
 
 
 def _names(value: str | list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from chaos.load import Shape
 FOLDER = Path(__file__).parent / "scenarios"
 
 ACTIONS = ("signal", "start", "fault", "clear", "failpoint", "add_worker", "wait_ready", "probe", "pause")
-TRIGGERS = ("sent", "tokens", "ended", "streaming", "seconds", "pieces", "state", "queued", "load_ended")
+TRIGGERS = ("sent", "tokens", "ended", "streaming", "seconds", "pieces", "state", "queued", "running", "load_ended")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Scenario:
     restarts: bool = False  # a supervisor starts again what ends
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # one name, whose values stand for $name
     repeat: int = 1
-    is_last: bool = False  # on its installation: what it has ended stays ended
+    heals: bool = True  # afterwards everything runs again; without it, what has ended stays ended
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Scenario:
@@ -80,7 +80,7 @@ class Scenario:
         if unknown := set(values) - known:
             raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
         simple = {
-            name: values[name] for name in ("name", "says", "restarts", "sweep", "repeat", "is_last") if name in values
+            name: values[name] for name in ("name", "says", "restarts", "sweep", "repeat", "heals") if name in values
         }
         return cls(
             failures=tuple(values["failures"]),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from chaos.descriptors import Held, held_by_process, more_held
 from chaos.report import Outcome, print_table, write_json
 from chaos.results import Result
 from chaos.scenario import FOLDER, Scenario, load_scenarios
@@ -71,3 +74,31 @@ def test_the_report_is_json_and_says_what_failed(tmp_path: Path) -> None:
     write_json([outcome], tmp_path / "new" / "chaos.json")
     (written,) = json.loads((tmp_path / "new" / "chaos.json").read_text())["scenarios"]
     assert (written["passed"], written["errors"], written["requests"]) == (False, {"worker_lost": 1}, 3)
+
+
+def test_connections_that_peers_open_late_are_no_leak_and_others_are() -> None:
+    def held(files: int = 3, **connections: Counter[str]) -> Held:
+        return Held(files, 0, **connections)
+
+    key, peer = ("prefill-0", 1), ("decode-0", 2)
+    before = {key: held(), peer: held()}
+    late = held(outgoing=Counter({"decode-0:grpc": 2, "decode-0:kv": 1}))
+    reached = held(incoming=Counter({"decode-0:grpc": 2, "decode-0:kv": 1}))
+    assert more_held(before, {key: late, peer: reached}) == {}
+    twice = held(outgoing=Counter({"decode-0:kv": 2}))
+    assert more_held(before, {key: twice, peer: reached}) == {
+        "prefill-0 connections to decode-0:kv": 1,
+        "decode-0 connections from nobody to decode-0:grpc": 2,
+    }
+    assert more_held(before, {key: held(files=5), peer: held()}) == {"prefill-0 files": 2}
+    assert more_held(before, {("prefill-0", 9): held(files=5)}) == {}
+
+
+def test_descriptors_are_told_apart(tmp_path: Path) -> None:
+    pid = os.getpid()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        before = held_by_process(pid, {port: "a:kv"}, {})
+        with socket.create_connection(("127.0.0.1", port)), server.accept()[0], (tmp_path / "file").open("w"):
+            now = held_by_process(pid, {port: "a:kv"}, {port: "b:kv"})
+    assert (now.files - before.files, now.outgoing, now.incoming) == (1, {"a:kv": 1}, {"b:kv": 1})
