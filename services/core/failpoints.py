@@ -22,6 +22,7 @@ from enum import StrEnum
 POINTS = {
     "prefill.before_claim": "a prefill worker was told of a request and has not taken it in yet",
     "prefill.between_chunks": "a chunk of a prompt is computed, and more of it is to come",
+    "prefill.mid_layer": "half of the model's layers are computed for a step with a prompt in it",
     "kv.send.frame_k": "a frame of blocks is about to be sent; say which with after(K)",
     "kv.commit.before": "all blocks are sent, and the receiver is about to be asked to take over",
     "decode.before_claim": "a decode worker was told of a request and has not taken it in yet",

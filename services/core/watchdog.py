@@ -13,16 +13,17 @@ from dataclasses import dataclass
 class WatchdogLimits:
     """``stuck_after_s``: without progress for so long is stuck, unless the step is expected to take long."""
 
-    stuck_after_s: float = 5.0
+    stuck_after_s: float = 3.5  # found out, said and ended within 5 s
     slack: float = 10.0  # a step may take so many times what it is expected to take
-    unknown_after_s: float = 120.0  # a step of a kind that this worker has never done
+    signs_per_step: int = 1  # signs of life that a step gives, more or less evenly
+    unknown_after_s: float = 60.0  # a step of which nobody knows how long it takes: kernels may be compiled for it
 
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
     """What the watchdog looks at. Counters grow with every sign of life; which unit they have does not matter."""
 
-    turns: int  # of the step thread
+    turns: int  # of the step thread, and signs of life from within a step
     beats: int  # of the event loop
     is_thread_alive: bool
     expected_step_s: float | None  # of the step that is being computed; 0.0 without one, None: nobody knows
@@ -54,8 +55,11 @@ class Watchdog:
         return None
 
     def step_limit_s(self, expected_step_s: float | None) -> float:
-        """How long a step may take that is expected to take so long."""
+        """How long a step may go without a sign of life that is expected to take so long as a whole.
+
+        Between two of its signs at most as long as the whole, since parts differ; in a step of few parts, more.
+        """
         limits = self.limits
         if expected_step_s is None:
             return max(limits.unknown_after_s, limits.stuck_after_s)
-        return max(limits.stuck_after_s, limits.slack * expected_step_s)
+        return max(limits.stuck_after_s, max(1.0, limits.slack / limits.signs_per_step) * expected_step_s)

@@ -17,6 +17,7 @@ from baton.services.engine.batch import BatchBuilder, OutputPlan, PromptRows
 from baton.services.engine.kv_cache import KVCache, KVCacheShape
 from baton.services.engine.loader import LoadedModel
 from baton.services.engine.logprobs import compute_logprobs
+from baton.services.engine.progress import StepProgress
 from baton.services.engine.sampler import Sampler
 
 # Prompt logprobs need logits of every prompt token; this many rows at a time keep 2,000 x 150,000 floats off the heap.
@@ -83,13 +84,18 @@ class Engine:
         sampled = {request.request_id: token for request, token in zip(plan.sampled, tokens, strict=True)}
         return StepResult(sampled, prompt_logprobs)
 
-    def warm_up(self) -> None:
+    @property
+    def progress(self) -> StepProgress:
+        return self.cache.progress
+
+    def warm_up(self, num_tokens: int = 2) -> None:
         """Compute a prompt and a token, so that no request waits for kernels to be compiled or libraries to be loaded.
 
-        Writes into the first blocks of the cache: call it before they hold anything.
+        Writes into the first blocks of the cache, which must have room for one token more: call it before they hold anything.
         """
         sampling = SamplingParams(max_tokens=2, top_p=0.9)
-        request = Request("warm-up", 0, [0, 0], 2, sampling, block_table=list(range(min(3, self.cache.num_blocks))))
+        num_blocks = min(num_tokens // self.cache.block_size + 1, self.cache.num_blocks)
+        request = Request("warm-up", 0, [0] * num_tokens, num_tokens, sampling, block_table=list(range(num_blocks)))
         for _ in range(sampling.max_tokens):
             num_tokens = request.num_uncomputed_tokens
             token = self.step([ScheduledRequest(request, num_tokens)]).sampled[request.request_id]
@@ -103,6 +109,7 @@ class Engine:
         num_top = request.sampling.num_prompt_logprobs or 0
         for offset in range(0, rows.count, _LOGPROB_ROWS):
             count = min(_LOGPROB_ROWS, rows.count - offset)
+            self.progress.num_signs += 1
             logits = self.model.logits(hidden[rows.start + offset : rows.start + offset + count])
             first = rows.first_position + offset
             token_ids = torch.tensor(request.token_ids[first : first + count], device=hidden.device)

@@ -14,6 +14,7 @@ import torch
 from baton.services.core.errors import ConfigurationError
 from baton.services.engine.config import ModelConfig
 from baton.services.engine.dtypes import dtype_name
+from baton.services.engine.progress import StepProgress
 
 BLOCK_ORDER = "layer,kv,token,head,dim"
 
@@ -86,6 +87,7 @@ class KVCache:
         self.shape = shape
         self.num_blocks = num_blocks
         self.block_size = shape.block_size
+        self.progress = StepProgress()  # here, since every layer of every family comes by
         self.tensor = memory[:num_bytes].view(shape.dtype).view(num_blocks, *shape.block_shape)
         self.layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = tuple(
             (self.tensor[:, layer, 0], self.tensor[:, layer, 1]) for layer in range(shape.num_layers)

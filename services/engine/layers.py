@@ -87,6 +87,7 @@ class PagedAttention:
         batch: ForwardBatch,
         cache: KVCache,
     ) -> torch.Tensor:  # [T, num_heads * head_dim]; [R, ...] in the last layer
+        cache.progress.enter_layer(self.layer)
         k_cache, v_cache = cache.layers[self.layer]
         kernels.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
         rows = batch.rows

@@ -192,7 +192,7 @@ class ModelSettings(Settings):
     )
 
     stuck_after_s: float = Field(
-        5.0,
+        3.5,
         ge=0,
         le=3600,
         description="Seconds without progress after which a worker ends itself; a long step may take longer. 0: never.",

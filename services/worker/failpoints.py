@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.block_state import Hold
 from baton.services.core.scheduler.base import ScheduledRequest, StepResult
+from baton.services.engine.engine import Engine
 from baton.services.runtime.failpoints import FailpointReached, reach
 from baton.services.worker.step_loop import StepEngine
 
 
 class FailpointEngine:
-    """A step that may fail, hang or end the process before it is computed."""
+    """A step that may fail, hang or end the process before it is computed, or half-way through the model."""
 
     def __init__(self, engine: StepEngine) -> None:
         self._engine = engine
+        self._prompt_ids: Callable[[], Iterator[int]] | None = None  # of the step under way, where it computes prompts
+        if isinstance(engine, Engine):
+            self._middle = engine.shape.num_layers // 2
+            engine.progress.on_layer = self._on_layer
+
+    def _on_layer(self, layer: int) -> None:
+        if layer == self._middle and self._prompt_ids is not None:
+            reach("prefill.mid_layer", self._prompt_ids)
 
     def step(self, batch: list[ScheduledRequest]) -> StepResult:
         def token_ids() -> Iterator[int]:
@@ -30,6 +39,7 @@ class FailpointEngine:
         reach("engine.step_hang", token_ids)
         reach("engine.step_crash", token_ids)
         reach("engine.oom", token_ids, error=torch.OutOfMemoryError)
+        self._prompt_ids = token_ids if any(not item.request.num_output_tokens for item in batch) else None
         return self._engine.step(batch)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -50,6 +49,7 @@ from baton.services.worker.failpoints import FailpointEngine, FailpointPool
 from baton.services.worker.ledger import LedgerServicer
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.pool_report import LedgerAudit, PoolReport, PoolWatch, add_report
+from baton.services.worker.speed import Speed, warm_up
 from baton.services.worker.watchdog import WatchdogThread
 from baton.services.worker.worker import Worker
 
@@ -87,7 +87,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self.identity = pb.WorkerIdentity(worker_id=worker_id, incarnation=self._environment.new_incarnation())
         self._started_ms = int(self._environment.wall_clock() * 1e3)
         self._report: PoolReport | None = None
-        self._warm_step_s = 0.0  # duration of a few steps of one token; 0.0: not measured
+        self._speed = Speed()  # as the warm-up measured it
 
     @abstractmethod
     def make_worker(self, parts: WorkerParts, on_turn: Callable[[Any, float], None]) -> WorkerT:
@@ -141,7 +141,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             pool, audit, asyncio.get_running_loop(), on_report=self._on_report, on_names=self._announcer.blocks_changed
         )
         worker = self.worker = self.make_worker(parts, watch.on_turn)
-        worker.speed.warm_step_s = self._warm_step_s
+        worker.speed = self._speed
         agent = self._agent = worker.agent = worker.fetcher.agent = self._make_agent(worker)
         worker.fetcher.own_address = self.address
         worker.steps.start()
@@ -172,7 +172,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         await self._bus.start()
         self._run_until_stop(self._keep_alive(worker), "keep-alive")
         stack.callback(lambda: self._announcer.announce(leaving=True))
-        self._watch(worker)
+        self._watch(worker, engine)
         log.info(
             "worker ready",
             worker_id=self.identity.worker_id,
@@ -184,15 +184,17 @@ class WorkerHost(ABC, Generic[WorkerT]):
             max_model_len=self._limits.max_model_len,
         )
 
-    def _watch(self, worker: WorkerT) -> None:
+    def _watch(self, worker: WorkerT, engine: Engine) -> None:
         """Where this is the only worker of its process: who watches it can do nothing but end that."""
         end_process, settings = self._environment.end_process, self.settings
         if end_process is None or not settings.stuck_after_s:
             return
+        # A GPU's layers are launched at once, and the step ends long after the last of them.
+        signs_per_step = engine.shape.num_layers if engine.device.type == "cpu" else 1
         watchdog = WatchdogThread(
-            WatchdogLimits(settings.stuck_after_s),
+            WatchdogLimits(settings.stuck_after_s, signs_per_step=signs_per_step),
             loop=asyncio.get_running_loop(),
-            num_turns=lambda: worker.steps.num_turns,
+            num_turns=lambda: worker.steps.num_turns + engine.progress.num_signs,
             is_thread_alive=lambda: worker.steps.is_alive,
             expected_step_s=worker.expected_step_s,
             on_stuck=self._health.set_dead,
@@ -222,10 +224,10 @@ class WorkerHost(ABC, Generic[WorkerT]):
         else:
             engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size)
             memory = StagedBlockMemory(engine.kv_cache, max(2, min(num_blocks, STAGING_BYTES // block_bytes)))
-        engine.warm_up()
-        started_s = time.perf_counter()
-        engine.warm_up()
-        self._warm_step_s = time.perf_counter() - started_s
+        capacity = num_blocks * block_size
+        self._speed = warm_up(
+            engine, min(self._limits.max_num_batched_tokens, self._limits.max_model_len, capacity) - 1
+        )
         return engine, memory
 
     def _make_agent(self, worker: WorkerT) -> TransferAgent:

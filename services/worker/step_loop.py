@@ -58,6 +58,7 @@ class StepEvents:
     step_s: float = 0.0
     num_prompt_tokens: int = 0
     num_sampled: int = 0
+    num_generating: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,7 @@ class StepLoop(Generic[SchedulerT]):
                 step_s=end_s - step.start_s,
                 num_prompt_tokens=step.num_prompt_tokens,
                 num_sampled=len(result.sampled),
+                num_generating=step.num_generating,
             ),
         )
 

@@ -22,6 +22,7 @@ from baton.services.worker.fetching import BlockFetcher
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.requests import ActiveRequest, failure_output, scheduler_id
 from baton.services.worker.session import Session
+from baton.services.worker.speed import Speed
 from baton.services.worker.step_loop import SchedulerT, StepEvents, StepLoop
 
 log = structlog.get_logger(__name__)
@@ -234,7 +235,7 @@ class Worker(ABC, Generic[SchedulerT]):
             )
         for request, reason in events.failed:
             self._end_with_error(request, BatonError(ErrorCode.INTERNAL, reason, retryable=True))
-        self.speed.observe(events.step_s, events.num_prompt_tokens, events.num_sampled)
+        self.speed.observe(events.step_s, events.num_prompt_tokens, events.num_sampled, events.num_generating)
 
     def _end_with_error(self, request: Request, error: BatonError) -> None:
         active = self._active.get(request.request_id)
@@ -270,35 +271,3 @@ class Worker(ABC, Generic[SchedulerT]):
             self._give_up(active, error.message)
         await self._settle()
         return len(left)
-
-
-class Speed:
-    """How fast steps went lately: exponentially weighted, so that a change shows within about 20 steps."""
-
-    def __init__(self) -> None:
-        self.warm_step_s = 0.0  # of a step with one token, before anything else is known; 0.0: unknown
-        self.prefill_s_per_token = 0.0
-        self.decode_step_s = 0.0
-        self.prompt_tokens_total = 0
-        self.generation_tokens_total = 0
-
-    def observe(self, step_s: float, num_prompt_tokens: int, num_sampled: int) -> None:
-        """One step computed so many prompt tokens and drew so many new ones."""
-        self.generation_tokens_total += num_sampled
-        self.prompt_tokens_total += num_prompt_tokens
-        if num_prompt_tokens > 4 * num_sampled:  # what the few decodes beside them took does not matter
-            self.prefill_s_per_token = _blend(self.prefill_s_per_token, step_s / num_prompt_tokens)
-        elif num_sampled and not num_prompt_tokens:
-            self.decode_step_s = _blend(self.decode_step_s, step_s)
-
-    def expected_step_s(self, num_prompt_tokens: int, num_generating: int) -> float | None:
-        """How long a step should take, at most; None where there is nothing to tell it from."""
-        per_token_s = self.prefill_s_per_token or self.warm_step_s
-        decode_step_s = self.decode_step_s or self.warm_step_s
-        if (num_prompt_tokens and not per_token_s) or (num_generating and not decode_step_s):
-            return None
-        return num_prompt_tokens * per_token_s + (decode_step_s if num_generating else 0.0)
-
-
-def _blend(before: float, now: float) -> float:
-    return now if before == 0.0 else 0.9 * before + 0.1 * now

@@ -53,6 +53,8 @@ class Result:
         ]
         floors = [(name, getattr(self, name), getattr(expect, f"min_{name}")) for name in _FLOORS]
         problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if is_all and value < floor]
+        if is_all and expect.detection_s is not None and self.detection_s is None:
+            problems.append("nothing was detected")
         if expect.errors and (others := set(self.errors) - set(expect.errors)):
             problems.append(f"errors {', '.join(sorted(others))}, expected {', '.join(expect.errors)}")
         return problems

@@ -135,6 +135,8 @@ class Run:
             case "failpoint":
                 for name in _names(arguments["process"]):
                     await set_failpoints(self.cluster, name, arguments["rules"])
+                    if "=hang" in arguments["rules"]:
+                        self._faulted_s[name] = time.monotonic()
             case "add_worker":
                 process = await self.cluster.add_worker(
                     arguments["name"], arguments.get("id"), **arguments.get("settings", {})

@@ -102,7 +102,7 @@ class _Machine:
         assert (num_blocks, block_bytes) == (self.memory.num_blocks, BLOCK_BYTES)
         return self.engine, self.memory  # type: ignore[return-value]
 
-    def _watch(self, worker: Worker[Any]) -> None:
+    def _watch(self, worker: Worker[Any], engine: Engine) -> None:
         """The thread that watches is a task here; it decides as in production, and ends the process."""
         watching = asyncio.get_running_loop().create_task(self._look(worker), name="watchdog")
         self._stack.callback(watching.cancel)  # type: ignore[attr-defined]

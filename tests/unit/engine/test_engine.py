@@ -75,6 +75,24 @@ def test_warming_up_leaves_nothing_behind(llama: Subject) -> None:
     assert driver.output(request) == expected_tokens(llama, make_prompt(17))
 
 
+def test_every_layer_of_a_step_is_a_sign_of_life(get_subject: Callable[[str], Subject]) -> None:
+    for family in FAMILIES:
+        engine = get_subject(family).engine()
+        layers: list[int] = []
+        engine.progress.on_layer = layers.append
+        before = engine.progress.num_signs
+        Driver(engine).run([make_request(make_prompt(17), max_tokens=2)])
+        num_layers = engine.shape.num_layers
+        assert layers == [*range(num_layers)] * 2, family
+        assert engine.progress.num_signs == before + 2 * num_layers
+
+
+def test_logprobs_of_a_long_prompt_are_signs_of_life(llama: Subject) -> None:
+    engine = llama.engine()
+    Driver(engine).run([make_request(make_prompt(130), max_tokens=1, num_prompt_logprobs=0)])
+    assert engine.progress.num_signs == engine.shape.num_layers + 3
+
+
 def test_stale_blocks_have_no_influence(llama: Subject) -> None:
     """Blocks come back from the pool with anything in them, not-a-number included."""
     engine = llama.engine()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import make_model_dir
 from helpers.worker_parts import BLOCK_SIZE, CountingEngine
 
 from baton.services.core.block_state import Hold, Owner
 from baton.services.core.failpoints import parse_failpoints
 from baton.services.core.request import Request, SamplingParams
 from baton.services.core.scheduler.base import ScheduledRequest
+from baton.services.engine.engine import Engine
+from baton.services.engine.loader import load_model
 from baton.services.runtime import failpoints
 from baton.services.runtime.failpoints import FailpointReached, clear_failpoints, set_failpoints
 from baton.services.worker.failpoints import FailpointEngine, FailpointPool
@@ -50,6 +54,25 @@ def test_each_kind_of_step_passes_its_points() -> None:
     put("")
     engine.step([make_item(computed=10, num_tokens=1, output=1)])
     assert reached() == {**every_step, "decode.step_n": 1}
+
+
+def test_a_step_with_a_prompt_passes_the_middle_of_the_model(tmp_path: Path) -> None:
+    make_model_dir("llama", tmp_path)
+    inner = Engine(load_model(tmp_path, dtype="float32", device="cpu"), num_blocks=4, block_size=BLOCK_SIZE)
+    engine = FailpointEngine(inner)
+    prompt = make_item(computed=0, num_tokens=10)
+    prompt.request.block_table = [0, 1, 2]
+    put("prefill.mid_layer=raise:token(105)")
+    with pytest.raises(FailpointReached):
+        engine.step([prompt])
+    assert inner.progress.num_signs == inner.shape.num_layers // 2 + 1
+    put("")
+    engine.step([prompt])
+    assert reached()["prefill.mid_layer"] == 1
+    token = make_item(computed=10, num_tokens=1, output=1)
+    token.request.block_table = [0, 1, 2]
+    engine.step([token])
+    assert reached()["prefill.mid_layer"] == 1
 
 
 def test_a_token_of_any_request_in_the_batch_is_at_work() -> None:

@@ -22,9 +22,12 @@ from baton.services.decode.__main__ import DecodeHost
 from baton.services.engine.loader import LoadedModel, load_model
 from baton.services.prefill.__main__ import PrefillHost
 from baton.services.runtime.bus import InProcessBus
+from baton.services.runtime.failpoints import clear_failpoints
 from baton.services.runtime.settings import WorkerSettings
 from baton.services.runtime.subjects import Subjects
+from baton.services.worker.environment import Environment
 from baton.services.worker.host import WorkerHost
+from baton.services.worker.watchdog import STUCK_STATUS
 
 # Full blocks of 40 tokens of prompt and 600 of answer, the last of which is never computed.
 NUM_BLOCKS = (40 + 600 - 1) // 16
@@ -38,11 +41,17 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(folder, dtype="float32", device="cpu")
 
 
-def make_host(loaded: LoadedModel, role: str = "decode", bus: InProcessBus | None = None, **settings: Any) -> Any:
+def make_host(
+    loaded: LoadedModel,
+    role: str = "decode",
+    bus: InProcessBus | None = None,
+    environment: Environment | None = None,
+    **settings: Any,
+) -> Any:
     values = {"role": role, "worker_id": "w", "cluster": "test", "nats_url": "none"}
     made = WorkerSettings(**(values | {"kv_cache_memory": ByteSize(4 << 20)} | settings))
     host_type: Callable[..., WorkerHost[Any]] = PrefillHost if role == "prefill" else DecodeHost
-    return host_type(made, load=lambda: loaded, bus=bus or InProcessBus())
+    return host_type(made, load=lambda: loaded, bus=bus or InProcessBus(), environment=environment)
 
 
 class Ear:
@@ -156,3 +165,27 @@ async def test_a_length_that_does_not_fit_is_refused_with_both_figures(loaded: L
     with pytest.raises(ConfigurationError, match="512"):
         await host.start()
     await host.stop()
+
+
+@pytest.mark.parametrize("point", ["engine.step_hang", "prefill.mid_layer"])
+async def test_a_hang_in_the_very_first_step_is_noticed_like_any_other(loaded: LoadedModel, point: str) -> None:
+    """The longest step there is, of a worker that has not computed anything: known from the warm-up."""
+    statuses: list[int] = []
+    environment = Environment(end_process=statuses.append)
+    host = make_host(
+        loaded,
+        environment=environment,
+        kv_cache_memory=ByteSize(64 << 20),
+        failpoints=f"{point}=hang",
+        stuck_after_s=1.0,
+    )
+    await host.start()
+    try:
+        assert host.worker.speed.prompt_tokens_total == 0
+        run_one(host, "first", max_tokens=4)
+        await eventually(lambda: bool(statuses), timeout_s=50.0, what="the end of the process")
+        assert statuses == [STUCK_STATUS]
+        assert not host._health.is_alive
+    finally:
+        clear_failpoints()  # the thread goes on
+        await host.stop()

@@ -8,12 +8,10 @@ import sys
 import threading
 from collections.abc import Callable
 
-import pytest
 from helpers.waiting import eventually
 
 from baton.services.core.watchdog import WatchdogLimits
 from baton.services.worker.watchdog import STUCK_STATUS, WatchdogThread
-from baton.services.worker.worker import Speed
 
 LIMITS = WatchdogLimits(stuck_after_s=0.6)
 
@@ -116,15 +114,3 @@ def test_the_process_ends_with_the_stacks_of_all_threads_in_its_log() -> None:
     assert run.returncode == STUCK_STATUS
     assert "in a_step_that_never_ends" in run.stderr
     assert "no step ended for" in run.stdout
-
-
-def test_what_a_step_should_take_is_learned_and_unknown_at_first() -> None:
-    speed = Speed()
-    assert speed.expected_step_s(0, 0) == 0.0
-    assert speed.expected_step_s(100, 0) is None
-    assert speed.expected_step_s(0, 1) is None
-    speed.warm_step_s = 0.01
-    assert speed.expected_step_s(100, 1) == pytest.approx(1.01)
-    speed.observe(0.5, 1000, 1)
-    speed.observe(0.02, 0, 4)
-    assert speed.expected_step_s(100, 1) == pytest.approx(0.07)
