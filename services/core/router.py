@@ -17,7 +17,6 @@ from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.fetch import FetchPlan, FetchPolicy, plan_fetch
 from baton.services.core.links import LinkMatrix, LinkView, PairKey, Standing
 
-
 _STEPS_TO_A_SEAT = 100.0  # until a sequence ends and leaves its place, roughly
 # A short answer's length: how many steps of a fuller batch are set against a quicker way to the first token. At a full batch a
 # step is taken to last twice as long as that of an empty one.
