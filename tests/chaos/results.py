@@ -42,7 +42,7 @@ class Result:
                 setattr(self, each.name, mine + theirs)
 
     def problems(self, expect: Criteria, *, is_all: bool = True) -> list[str]:
-        """Every criterion that is not met, in words. Floors are for all runs of a scenario together."""
+        """Every criterion that is not met, in words. But one, floors are for all runs of a scenario together: ``is_all``."""
         limits = [(name, getattr(self, name), getattr(expect, name)) for name in _COUNTS]
         limits += [(name, getattr(self, name), getattr(expect, name)) for name in _TIMES]
         limits += [("growth", self.growth, expect.max_growth), ("crashes", self.crashes, expect.max_crashes)]
@@ -51,8 +51,11 @@ class Result:
             for name, value, limit in limits
             if value is not None and limit is not None and value > limit
         ]
-        floors = [(name, getattr(self, name), getattr(expect, f"min_{name}")) for name in _FLOORS]
-        problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if is_all and value < floor]
+        if is_all:
+            floors = [(name, getattr(self, name), getattr(expect, f"min_{name}")) for name in _FLOORS]
+        else:
+            floors = [("injected", self.injected, expect.min_injected_each)]
+        problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if value < floor]
         if is_all and expect.detection_s is not None and self.detection_s is None:
             problems.append("nothing was detected")
         if expect.errors and (others := set(self.errors) - set(expect.errors)):

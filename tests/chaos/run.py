@@ -20,6 +20,8 @@ from chaos.results import Result, judge
 from chaos.scenario import Scenario, Step
 from helpers.fault_proxy import Fault
 
+from baton.services.core.failpoints import parse_failpoints
+
 _POLL_S = 0.01
 _STEP_TIMEOUT_S = 120.0
 _SAME_AGAIN_S = 20.0  # for descriptors of connections that end by themselves
@@ -41,6 +43,7 @@ class Run:
         self._gone: dict[str, float] = {}  # worker -> when the gateway took it for gone
         self._faulted_s: dict[str, float] = {}
         self._expected_ends: set[tuple[str, int]] = set()  # (process, pid) that we ended ourselves
+        self._points: dict[str, set[str]] = {}  # process -> failpoints that have rules there
 
     async def execute(self, steps: Sequence[Step]) -> Result:
         cluster, shape = self.cluster, self.scenario.load
@@ -67,7 +70,10 @@ class Run:
         counted = judge(self.exchanges, self.reference)
         counted.add(self.result)
         self.result = counted
-        self.result.injected = sum(sum(fault.done.values()) for fault in self.faults)
+        self.result.injected += sum(sum(fault.done.values()) for fault in self.faults)
+        for name in list(self._points):
+            if self.cluster.processes[name].is_running:
+                await self._set_failpoints(name, "on")
         now = await self._fenced()
         self.result.fenced += sum(number - fenced.get(incarnation, 0) for incarnation, number in now.items())
         await self._count_retries()
@@ -134,7 +140,7 @@ class Run:
                 self.cluster.board.clear(arguments)
             case "failpoint":
                 for name in _names(arguments["process"]):
-                    await set_failpoints(self.cluster, name, arguments["rules"])
+                    await self._set_failpoints(name, arguments["rules"])
                     if "=hang" in arguments["rules"]:
                         self._faulted_s[name] = time.monotonic()
             case "add_worker":
@@ -165,6 +171,12 @@ class Run:
         if number == signal.SIGKILL:
             for process in processes:
                 await process.wait()
+
+    async def _set_failpoints(self, name: str, rules: str) -> None:
+        """Counts how often those before were reached; of a process that ended meanwhile nobody knows."""
+        reached = await set_failpoints(self.cluster, name, rules)
+        self.result.injected += sum(reached.get(point, 0) for point in self._points.get(name, ()))
+        self._points[name] = {rule.point for rule in parse_failpoints(rules)}
 
     def _note_probe(self, name: str, problem: str) -> None:
         if problem:

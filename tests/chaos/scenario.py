@@ -51,7 +51,8 @@ class Criteria:
     errors: Sequence[str] = ()  # codes that failures may have; empty: any
     min_failed: int = 0
     min_retries: int = 0  # or the fault met nobody, and nothing was tried
-    min_injected: int = 0  # likewise
+    min_injected: int = 0  # likewise: faults of links, and failpoints that were reached
+    min_injected_each: int = 0  # the same in every single run
     min_fenced: int = 0  # stale messages that were refused
     max_growth: float | None = None  # private memory of any process of ours, as a factor
     growth_from: int = 0  # since so many requests had ended

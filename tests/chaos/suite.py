@@ -56,6 +56,7 @@ class Suite:
             if found := result.problems(scenario.expect, is_all=False):
                 say(f"{name}: {'; '.join(found)}")
                 self._keep_logs(name)
+                problems += [f"{name}: {problem}" for problem in found]
         problems += total.problems(scenario.expect)
         return Outcome(scenario, total, problems, num_runs, time.monotonic() - started_s)
 
