@@ -10,8 +10,14 @@ _WORD = (1 << _WORD_BITS) - 1
 
 def of(indices: Iterable[int]) -> int:
     """The set of these indices."""
+    members = tuple(indices)
+    if not members:
+        return 0
+    start, count = members[0], len(members)
+    if members == tuple(range(start, start + count)):  # the usual case: blocks come in their order
+        return first(count) << start
     bits = 0
-    for index in indices:
+    for index in members:
         bits |= 1 << index
     return bits
 
@@ -28,9 +34,12 @@ def indices(bits: int) -> Iterator[int]:
         # A word at a time: every step over the whole number would cost its whole length.
         word = bits & _WORD
         while word:
-            lowest = word & -word
-            yield start + lowest.bit_length() - 1
-            word ^= lowest
+            # A run at a time: blocks are mostly next to each other.
+            lowest = (word & -word).bit_length() - 1
+            run = word >> lowest
+            length = (~run & (run + 1)).bit_length() - 1
+            yield from range(start + lowest, start + lowest + length)
+            word = (run >> length) << (lowest + length)
         bits >>= _WORD_BITS
         start += _WORD_BITS
 

@@ -20,7 +20,7 @@ from baton.kvtransfer.identity import WorkerIdentity
 from baton.kvtransfer.memory import NUM_CANARY_BLOCKS, BlockMemory
 from baton.kvtransfer.messages import Slot
 from baton.kvtransfer.transport.base import Arrival, Landed
-from baton.kvtransfer.transport.frames import BlockEntry, Header
+from baton.kvtransfer.transport.frames import Blocks, Header
 from baton.kvtransfer.transport.listener import IncomingPair, Inlet
 from baton.kvtransfer.transport.outlet import BlockPush, Outlet
 from baton.kvtransfer.transport.stream import Payload
@@ -159,13 +159,13 @@ class CanaryReceiver:
         assert len(self._numbers) < NUM_CANARY_BLOCKS
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def push(self, inlet: Inlet, pair: IncomingPair, header: Header, entries: list[BlockEntry]) -> Payload | None:
+    def push(self, inlet: Inlet, pair: IncomingPair, header: Header, blocks: Blocks) -> Payload | None:
         """A canary was announced. Raises RemoteProtocolError for one without the pair's token, or too many at once."""
         if not hmac.compare_digest(header.token, pair.token):
             raise RemoteProtocolError("a canary with another token than the pair's", TransferCode.STALE)
         if sum(landing.pair is pair for landing in self._waiting) >= _MAX_WAITING:
             raise RemoteProtocolError("more canaries than one sender may have waiting")
-        landing = _Landing(self, inlet, pair, entries, len(entries) * self._context.memory.block_bytes)
+        landing = _Landing(self, inlet, pair, blocks, len(blocks) * self._context.memory.block_bytes)
         self._waiting.append(landing)
         self._start_next()
         return landing if pair.transport.is_inline else None
@@ -193,13 +193,13 @@ class CanaryReceiver:
 
     async def _judge(self, landing: _Landing) -> None:
         try:
-            nonces = {entry.slot.generation for entry in landing.entries}
+            nonces = set(landing.blocks.generations)
             is_right = len(nonces) == 1 and not landing.spoiled
             if is_right:
                 loop, name = asyncio.get_running_loop(), landing.pair.transport.name
                 is_right = await loop.run_in_executor(self._context.executor, self._shows, name, nonces.pop())
             good = landing.landed if is_right else []
-            bad = [entry.slot.index for entry in landing.entries if entry.slot.index not in good]
+            bad = [index for index in landing.blocks.indices if index not in good]
             landing.inlet.send_verdicts(landing.pair.fence, tuple(good), tuple(bad))
         finally:
             del self._landing[landing.pair.transport.name]
@@ -223,7 +223,7 @@ class _Landing:
     receiver: CanaryReceiver
     inlet: Inlet
     pair: IncomingPair
-    entries: list[BlockEntry]
+    blocks: Blocks
     num_left: int
     inner: Payload | None = None
 
@@ -234,17 +234,16 @@ class _Landing:
     def start(self, memory: BlockMemory, number: int) -> None:
         """Lands in the memory's canary block of this number."""
         memory.rows.row(memory.canary_row(number))[:] = bytes(memory.block_bytes)
-        here = memory.num_blocks + number
-        entries = [entry._replace(slot=replace(entry.slot, block_id=here)) for entry in self.entries]
-        allowed = {entry.slot.index for entry in entries}
-        arrival = Arrival(self.pair.fence, entries, allowed, self.pair.source, self.inlet.resume, self._on_ended)
+        here = replace(self.blocks, block_ids=(memory.num_blocks + number,) * len(self.blocks))
+        allowed = set(here.indices)
+        arrival = Arrival(self.pair.fence, here, allowed, self.pair.source, self.inlet.resume, self._on_ended)
         self.inner = self.pair.transport.land(arrival)
         self.inlet.resume()
 
     def _on_ended(self, part: Landed) -> None:
         self.landed += [index for index, _ in part.landed]
         self.spoiled += [*part.corrupt, *part.broken]
-        if len(self.landed) + len(self.spoiled) >= len({entry.slot.index for entry in self.entries}):
+        if len(self.landed) + len(self.spoiled) >= len(set(self.blocks.indices)):
             self.receiver.ended(self)
 
     # As the payload of its frame.

@@ -17,7 +17,7 @@ from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.protocol import ReceiverState
 from baton.kvtransfer.receiver import Receiver
 from baton.kvtransfer.transport.base import Arrival, Landed
-from baton.kvtransfer.transport.frames import BlockEntry
+from baton.kvtransfer.transport.frames import Blocks
 from baton.kvtransfer.transport.listener import IncomingPair, Inlet
 from baton.kvtransfer.transport.stream import Payload
 
@@ -125,12 +125,12 @@ class ReceiverHandoff:
         self.feed(m.Renew(self.id, sent_s))
         return self._is_renewed
 
-    def push(self, inlet: Inlet, token: bytes, entries: Sequence[BlockEntry]) -> Payload | None:
+    def push(self, inlet: Inlet, token: bytes, blocks: Blocks) -> Payload | None:
         """Blocks were announced. Raises Fenced for a wrong token."""
         self._inlet = inlet
         self._allowed = set()
-        self.feed(m.Push(self.id, token, tuple(entry.slot for entry in entries)))
-        arrival = Arrival(self.id.digest, entries, self._allowed, self.pair.source, inlet.resume, self._on_ended)
+        self.feed(m.Push(self.id, token, blocks.slots()))
+        arrival = Arrival(self.id.digest, blocks, self._allowed, self.pair.source, inlet.resume, self._on_ended)
         return self.pair.transport.land(arrival)
 
     def move(self, pair: IncomingPair, failed: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ machine reports; ``Command`` is what a machine asks its shell to do. Times are s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.identity import HandoffId
@@ -22,11 +23,13 @@ class FirstToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place for block ``index`` of the handoff: a block of the receiver's pool at one point of that block's life."""
+class Slot(NamedTuple):
+    """A place for block ``index`` of the handoff: a block of the receiver's pool at one point of that block's life.
 
-    index: int
+    A tuple, since there are thousands of them: made, compared and taken apart many at a time.
+    """
+
+    index: int  # type: ignore[assignment]  # hides the tuple's own method
     block_id: int
     generation: int  # grows with every reuse of the block
 

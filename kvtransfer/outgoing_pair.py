@@ -18,7 +18,7 @@ from baton.kvtransfer.handshake import PeerClient
 from baton.kvtransfer.identity import HandoffId, WorkerIdentity, pair_digest
 from baton.kvtransfer.linking import Link, Linker
 from baton.kvtransfer.transport.base import Transport
-from baton.kvtransfer.transport.outlet import BlockPush
+from baton.kvtransfer.transport.outlet import Pushes
 
 _log = structlog.get_logger(__name__)
 
@@ -120,7 +120,7 @@ class OutgoingPair:
             self._measuring = None
         return self.report
 
-    def push(self, fence: bytes, token: bytes, blocks: Sequence[BlockPush]) -> None:
+    def push(self, fence: bytes, token: bytes, blocks: Pushes) -> None:
         """Sends blocks of a handoff."""
         if self._relinking is None and self._link is not None:
             self._link.outlet.push(fence, token, blocks)

@@ -74,8 +74,9 @@ class Receiver(Machine[ReceiverState]):
         return len(set(indices)) == len(indices) and all(0 <= index < len(self._block_names) for index in indices)
 
     def _is_outside_grant(self, event: m.Push) -> bool:
-        indices = {slot.index for slot in event.slots}
-        return len(indices) != len(event.slots) or any(self.slots.get(slot.index) != slot for slot in event.slots)
+        indices = _indices(event)
+        granted = tuple(map(self.slots.get, indices))
+        return len(set(indices)) != len(indices) or granted != event.slots
 
     def _is_outside_grant_while_landing(self, event: m.Push) -> bool:
         return self._landing != 0 and self._is_outside_grant(event)
@@ -93,8 +94,7 @@ class Receiver(Machine[ReceiverState]):
         """With this event the commit is there and so is every block."""
         if isinstance(event, m.Commit):
             return self._landed == self._granted
-        arrived = bitmap.of(index for index, _ in event.landed)
-        return self._is_known_landings(event) and self._landed | arrived == self._granted
+        return self._is_known_landings(event) and self._landed | _landed(event) == self._granted
 
     def _is_wrong_manifest(self, event: m.Commit | m.LandingEnded) -> bool:
         if not self._is_whole(event):
@@ -102,8 +102,9 @@ class Receiver(Machine[ReceiverState]):
         commit = event if isinstance(event, m.Commit) else self._commit
         assert commit is not None
         checksums = self._checksums if isinstance(event, m.Commit) else {**self._checksums, **dict(event.landed)}
-        manifest = ((index, self._block_names[index], checksums[index]) for index in bitmap.indices(self._granted))
-        return manifest_digest(manifest) != commit.digest
+        indices = tuple(bitmap.indices(self._granted))
+        names = map(self._block_names.__getitem__, indices)
+        return manifest_digest(zip(indices, names, map(checksums.__getitem__, indices), strict=True)) != commit.digest
 
     # Deeds.
 
@@ -138,7 +139,7 @@ class Receiver(Machine[ReceiverState]):
         return [m.Send(m.Renewed(self.handoff, event.sent_s))]
 
     def _do_let_land(self, event: m.Push, now: float) -> list[m.Command]:
-        pushed = bitmap.of(slot.index for slot in event.slots)
+        pushed = bitmap.of(_indices(event))
         fresh = pushed & ~self._landing & ~self._landed
         self._landing |= fresh
         commands: list[m.Command] = []
@@ -152,11 +153,11 @@ class Receiver(Machine[ReceiverState]):
         return commands
 
     def _do_discard(self, event: m.Push, now: float) -> list[m.Command]:
-        return [m.Discard(tuple(slot.index for slot in event.slots))]
+        return [m.Discard(_indices(event))]
 
     def _do_note_landed(self, event: m.LandingEnded, now: float) -> None:
         self._landing &= ~_ended(event)
-        self._landed |= bitmap.of(index for index, _ in event.landed)
+        self._landed |= _landed(event)
         self._checksums.update(event.landed)
 
     def _do_note_ended(self, event: m.LandingEnded, now: float) -> None:
@@ -165,7 +166,7 @@ class Receiver(Machine[ReceiverState]):
     def _do_send_verdicts(self, event: m.LandingEnded, now: float) -> list[m.Command]:
         if not event.landed and not event.corrupt:
             return []  # cut short with its link, which the sender sees as well
-        landed = tuple(index for index, _ in event.landed)
+        landed = tuple([index for index, _ in event.landed])
         return [m.Send(m.Verdicts(self.handoff, landed, event.corrupt))]
 
     def _do_stop_landing(self, event: m.Event, now: float) -> list[m.Command]:
@@ -240,9 +241,18 @@ class Receiver(Machine[ReceiverState]):
         return [m.Done(self.error, self.report)]
 
 
+def _indices(event: m.Push) -> tuple[int, ...]:
+    return tuple([slot[0] for slot in event.slots])
+
+
+def _landed(event: m.LandingEnded) -> int:
+    """What arrived whole with this event, as a bitmap."""
+    return bitmap.of([index for index, _ in event.landed])
+
+
 def _ended(event: m.LandingEnded) -> int:
     """The landings that this event closes, as a bitmap."""
-    return bitmap.of((*(index for index, _ in event.landed), *event.corrupt, *event.broken))
+    return _landed(event) | bitmap.of(event.corrupt) | bitmap.of(event.broken)
 
 
 def _error(event: m.Event, limits: HandoffLimits) -> TransferError:

@@ -19,7 +19,7 @@ from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.incoming import ReceiverHandoff, ReceiverHost
 from baton.kvtransfer.layout import BLOCK_NAME_BYTES, mismatch
 from baton.kvtransfer.transport.base import Arrival
-from baton.kvtransfer.transport.frames import BlockEntry, Header, parse_blocks
+from baton.kvtransfer.transport.frames import Blocks, Header, parse_blocks
 from baton.kvtransfer.transport.listener import IncomingPair, Inlet
 from baton.kvtransfer.transport.stream import Payload
 
@@ -151,11 +151,11 @@ class ReceivingSide:
         if handoff is not None and handoff.pair is not pair:
             handoff = None
         try:
-            entries = self._parse(pair, body)
+            blocks = self._parse(pair, body)
             if header.fence == pair.fence:
-                return self._canaries.push(inlet, pair, header, entries)
+                return self._canaries.push(inlet, pair, header, blocks)
             if handoff is not None:
-                return handoff.push(inlet, header.token, entries)
+                return handoff.push(inlet, header.token, blocks)
         except Fenced as error:
             self._context.stats.fenced += 1
             raise RemoteProtocolError(error.message, TransferCode.STALE) from error
@@ -165,15 +165,13 @@ class ReceivingSide:
             raise
         self._context.stats.fenced += 1
         inlet.send_gone(header.fence, TransferCode.UNKNOWN_HANDOFF, "no such handoff here")
-        return pair.transport.land(
-            Arrival(header.fence, entries, set(), pair.source, inlet.resume, lambda landed: None)
-        )
+        return pair.transport.land(Arrival(header.fence, blocks, set(), pair.source, inlet.resume, lambda landed: None))
 
-    def _parse(self, pair: IncomingPair, body: memoryview) -> list[BlockEntry]:
-        entries = parse_blocks(body, self._context.memory.block_bytes)
-        if pair.source is not None and any(entry.source_row >= pair.source.num_rows for entry in entries):
+    def _parse(self, pair: IncomingPair, body: memoryview) -> Blocks:
+        blocks = parse_blocks(body, self._context.memory.block_bytes)
+        if pair.source is not None and max(blocks.source_rows) >= pair.source.num_rows:
             raise RemoteProtocolError("a block outside the memory that was shared")
-        return entries
+        return blocks
 
     # Life.
 

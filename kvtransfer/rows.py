@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+# Longest view over several rows.
+_SPAN_BYTES = 1024 * 1024
 # A copy this long is still in a core's own cache when its checksum is taken, and the loop around it costs little.
 _COPY_BYTES = 256 * 1024
 
@@ -31,6 +34,13 @@ class Rows:
         """The bytes of one row; writable if the buffer is."""
         start = index * self.row_bytes
         return self._view[start : start + self.row_bytes]
+
+    def spans(self, indices: Sequence[int]) -> list[memoryview]:
+        """The bytes of these rows in their order, those next to each other in one view."""
+        size = self.row_bytes
+        longest = max(1, _SPAN_BYTES // size)
+        runs = _runs([(index, index) for index in indices], longest)
+        return [self._view[first * size : (first + count) * size] for first, _, count in runs]
 
     def checksum(self, index: int) -> int:
         """xxh3_64 of one row."""
@@ -69,15 +79,13 @@ class Rows:
 
 def _runs(pairs: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int, int]]:
     """Joins pairs that follow each other on both sides: (first source row, first target row, count)."""
-    position = 0
-    while position < len(pairs):
-        source, target = pairs[position]
-        count = 1
-        while (
-            count < longest
-            and position + count < len(pairs)
-            and pairs[position + count] == (source + count, target + count)
-        ):
-            count += 1
-        yield source, target, count
-        position += count
+    breaks = [
+        position
+        for position, ((source, target), following) in enumerate(pairwise(pairs), 1)
+        if following != (source + 1, target + 1)
+    ]
+    start = 0
+    for end in (*breaks, len(pairs)):
+        for first in range(start, end, longest):
+            yield *pairs[first], min(longest, end - first)
+        start = end

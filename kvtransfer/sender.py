@@ -70,7 +70,7 @@ class Sender(Machine[SenderState]):
     # Questions.
 
     def _is_in_manifest(self, event: m.BlocksReady) -> bool:
-        return all(0 <= index < len(self.block_names) for index in event.indices)
+        return not event.indices or (min(event.indices) >= 0 and max(event.indices) < len(self.block_names))
 
     def _is_all_ready(self, event: m.Event) -> bool:
         return self._ready == bitmap.first(len(self.block_names)) and self._first_token is None
@@ -111,7 +111,7 @@ class Sender(Machine[SenderState]):
         return self._granted & ~sent == 0
 
     def _newly_sent(self, event: m.BlocksSent) -> int:
-        return bitmap.of(index for index, _ in event.blocks) & self._pushed
+        return bitmap.of([index for index, _ in event.blocks]) & self._pushed
 
     def _to_resend(self, event: m.Verdicts | m.LinkLost | m.Incomplete) -> int:
         """The blocks that this event sends once more, as a bitmap."""
@@ -150,7 +150,7 @@ class Sender(Machine[SenderState]):
     def _do_push(self, event: m.Event, now: float) -> list[m.Command]:
         fresh = self._ready & self._granted & ~self._pushed & ~(self._landed & self._sent)
         self._pushed |= fresh
-        slots = tuple(self._slots[index] for index in bitmap.indices(fresh))
+        slots = tuple(map(self._slots.__getitem__, bitmap.indices(fresh)))
         return [m.PushBlocks(slots, self._token)] if slots else []
 
     def _do_note_sent(self, event: m.BlocksSent, now: float) -> None:
@@ -187,8 +187,9 @@ class Sender(Machine[SenderState]):
             self._committed_s = now
         self._round += 1
         self._timers[m.AckOverdue] = now + self.limits.ack_timeout_s
-        manifest = ((i, self.block_names[i], self._checksums[i]) for i in bitmap.indices(self._granted))
-        digest = manifest_digest(manifest)
+        indices = tuple(bitmap.indices(self._granted))
+        names = map(self.block_names.__getitem__, indices)
+        digest = manifest_digest(zip(indices, names, map(self._checksums.__getitem__, indices), strict=True))
         num_bytes = self._granted.bit_count() * self._block_bytes
         return [m.Send(m.Commit(self.handoff, digest, self._first_token, num_bytes, self._round))]
 

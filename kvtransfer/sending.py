@@ -20,7 +20,6 @@ from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.outgoing_pair import OutgoingPair
 from baton.kvtransfer.outgoing_pairs import OutgoingPairs
 from baton.kvtransfer.sender import Sender
-from baton.kvtransfer.transport.outlet import BlockPush
 
 _log = structlog.get_logger(__name__)
 
@@ -153,8 +152,8 @@ class SenderHandoff:
             case m.Send(m.Commit() as message):
                 self._call(self._commit(message))
             case m.PushBlocks(slots, token):
-                pushes = [BlockPush(slot, self._block_ids[slot.index]) for slot in slots]
-                self._linked.push(self.id.digest, token, pushes)
+                block_ids = self._block_ids
+                self._linked.push(self.id.digest, token, [(slot, block_ids[slot.index]) for slot in slots])
             case m.StopPushing():
                 self._linked.cancel(self.id.digest, lambda: self.feed(m.Quiet()))
             case m.Done():

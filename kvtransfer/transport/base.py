@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.kvtransfer.mapping import SharedMemory
-from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
+from baton.kvtransfer.transport.frames import Blocks, FrameKind
 from baton.kvtransfer.transport.stream import Payload
 
 
@@ -48,7 +48,7 @@ class Arrival:
     """The blocks of one frame, checked against the grant."""
 
     fence: bytes
-    entries: Sequence[BlockEntry]
+    blocks: Blocks
     allowed: set[int]  # indices that may land; the others' bytes are dropped
     source: Source | None  # the sender's rows, where ``attach`` gave some
     resume: Callable[[], None]  # the stream may go on reading

@@ -18,9 +18,11 @@ Every length is checked against a fixed bound before anything is allocated for i
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
+from itertools import chain, compress, repeat
 from typing import NamedTuple
 
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode
@@ -28,8 +30,8 @@ from baton.kvtransfer.layout import PROTOCOL_VERSION
 from baton.kvtransfer.messages import Slot
 
 MAGIC = b"BTKV"
-MAX_ENTRIES = 64
-"""Blocks in one frame. Enough that a frame's cost is spread, few enough that an abort never waits long for one."""
+MAX_ENTRIES = 512
+"""Blocks in one frame. Enough that a frame's cost is spread over tiny ones; of larger ones fewer make a frame."""
 
 _HEADER = struct.Struct("<4sHBBHHI16s32s")
 _BLOCK = struct.Struct("<IIQQII")
@@ -75,32 +77,64 @@ class BlockEntry(NamedTuple):
     source_row: int  # row of the sender's memory; 0 where the bytes follow inline
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The blocks of one frame, column by column: handled one by one, tiny blocks would cost more than their copy."""
+
+    indices: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+    checksums: tuple[int, ...]
+    source_rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Where they are to go."""
+        # What NamedTuple's own constructors do, without their call for each.
+        columns = zip(self.indices, self.block_ids, self.generations, strict=True)
+        return tuple(map(tuple.__new__, repeat(Slot), columns))
+
+    def only(self, indices: set[int]) -> Blocks:
+        """Those of these indices."""
+        if len(indices) == len(self.indices):
+            return self
+        chosen = [index in indices for index in self.indices]
+        columns = (self.indices, self.block_ids, self.generations, self.checksums, self.source_rows)
+        return Blocks(*(tuple(compress(column, chosen)) for column in columns))
+
+
 def pack_hello(fence: bytes, token: bytes) -> bytes:
     """The first frame of a connection."""
     return _header(FrameKind.HELLO, 0, 0, fence, token)
 
 
-def pack_blocks(kind: FrameKind, fence: bytes, token: bytes, entries: Sequence[BlockEntry], block_bytes: int) -> bytes:
-    """Header and entries; for BLOCKS the caller sends the blocks' bytes right after."""
-    pack = _BLOCK.pack
-    body = b"".join(
-        [
-            pack(slot.index, slot.block_id, slot.generation, checksum, source_row, block_bytes)
-            for slot, checksum, source_row in entries
-        ]
-    )
-    return _header(kind, len(entries), len(body), fence, token) + body
+def pack_blocks(
+    kind: FrameKind, fence: bytes, token: bytes, entries: Iterable[tuple[Slot, int, int]], block_bytes: int
+) -> bytes:
+    """Header and entries, each like a BlockEntry; for BLOCKS the caller sends the blocks' bytes right after."""
+    slots, checksums, source_rows = zip(*entries, strict=True)
+    rows = zip(*zip(*slots, strict=True), checksums, source_rows, repeat(block_bytes, len(slots)), strict=True)
+    body = _blocks(len(slots)).pack(*chain.from_iterable(rows))
+    return _header(kind, len(slots), len(body), fence, token) + body
 
 
-def pack_verdicts(fence: bytes, landed: Iterable[int], corrupt: Iterable[int]) -> list[bytes]:
-    """As many frames as it takes."""
-    verdicts = [(index, 1) for index in landed] + [(index, 0) for index in corrupt]
+@cache
+def _blocks(count: int) -> struct.Struct:
+    """So many blocks after each other."""
+    return struct.Struct("<" + _BLOCK.format.removeprefix("<") * count)
+
+
+def pack_verdicts(fence: bytes, landed: Iterable[int], corrupt: Iterable[int]) -> bytes:
+    """As many frames as it takes, one after the other."""
+    pack = _VERDICT.pack
+    verdicts = [pack(index, 1) for index in landed] + [pack(index, 0) for index in corrupt]
     frames = []
     for start in range(0, len(verdicts), MAX_ENTRIES):
         part = verdicts[start : start + MAX_ENTRIES]
-        body = b"".join(_VERDICT.pack(index, verdict) for index, verdict in part)
-        frames.append(_header(FrameKind.VERDICTS, len(part), len(body), fence, NO_TOKEN) + body)
-    return frames
+        frames += [_header(FrameKind.VERDICTS, len(part), len(part) * _VERDICT.size, fence, NO_TOKEN), *part]
+    return b"".join(frames)
 
 
 def pack_text(kind: FrameKind, fence: bytes, code: str, reason: str) -> bytes:
@@ -136,23 +170,28 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
     return Header(kind, count, body_bytes, fence, token)
 
 
-def parse_blocks(body: bytes | bytearray | memoryview, block_bytes: int) -> list[BlockEntry]:
+def parse_blocks(body: bytes | bytearray | memoryview, block_bytes: int) -> Blocks:
     """Reads the entries of BLOCKS or BLOCK_REFS. Raises RemoteProtocolError where a block has another size than ours."""
-    entries = []
-    for index, block_id, generation, checksum, source_row, size in _BLOCK.iter_unpack(body):
-        if size != block_bytes:
-            raise RemoteProtocolError(f"block {index} has {size} bytes there, {block_bytes} here")
-        entries.append(BlockEntry(Slot(index, block_id, generation), checksum, source_row))
-    return entries
+    *columns, sizes = zip(*_BLOCK.iter_unpack(body), strict=True)
+    blocks = Blocks(*columns)
+    if sizes.count(block_bytes) != len(sizes):
+        index, size = next(pair for pair in zip(blocks.indices, sizes, strict=True) if pair[1] != block_bytes)
+        raise RemoteProtocolError(f"block {index} has {size} bytes there, {block_bytes} here")
+    return blocks
 
 
 def parse_verdicts(body: bytes | bytearray | memoryview) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Reads the entries of VERDICTS: indices that landed, indices that were corrupt."""
-    entries = list(_VERDICT.iter_unpack(body))
-    if any(verdict not in (0, 1) for _, verdict in entries):
+    indices, verdicts = zip(*_VERDICT.iter_unpack(body), strict=True)
+    num_landed, num_corrupt = verdicts.count(1), verdicts.count(0)
+    if num_landed + num_corrupt != len(verdicts):
         raise RemoteProtocolError("a verdict that is neither 0 nor 1")
-    landed = tuple(index for index, verdict in entries if verdict)
-    return landed, tuple(index for index, verdict in entries if not verdict)
+    if not num_corrupt:
+        return indices, ()
+    entries = list(zip(indices, verdicts, strict=True))
+    return tuple([index for index, verdict in entries if verdict]), tuple(
+        [index for index, verdict in entries if not verdict]
+    )
 
 
 def parse_text(body: bytes | bytearray | memoryview) -> tuple[TransferCode, str]:

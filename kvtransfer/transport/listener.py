@@ -96,8 +96,7 @@ class Inlet:
 
     def send_verdicts(self, fence: bytes, landed: tuple[int, ...], corrupt: tuple[int, ...]) -> None:
         """Tells the sender what became of blocks."""
-        for frame in pack_verdicts(fence, landed, corrupt):
-            self._stream.send(Outgoing(frame))
+        self._stream.send(Outgoing(pack_verdicts(fence, landed, corrupt)))
 
     def send_gone(self, fence: bytes, code: TransferCode, reason: str) -> None:
         """Tells the sender that a handoff is over."""

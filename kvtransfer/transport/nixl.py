@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -26,7 +27,6 @@ import structlog
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.transport.base import Arrival, Landed, Offer, Source
-from baton.kvtransfer.transport.frames import BlockEntry
 from baton.kvtransfer.transport.shm import RowCopier
 
 _log = structlog.get_logger(__name__)
@@ -139,15 +139,15 @@ class NixlTransport(RowCopier):
 
     # On a thread.
 
-    def _copy(self, arrival: Arrival, entries: list[BlockEntry], rows: list[int]) -> Landed:
+    def _copy(self, arrival: Arrival, rows: Sequence[int]) -> Landed:
         try:
-            return super()._copy(arrival, entries, rows)
+            return super()._copy(arrival, rows)
         except _ReadFailed as error:
             # Told as corrupt, so that the sender hears of it at once and takes another transport.
-            _log.warning("kv_nixl_read_failed", num_blocks=len(entries), reason=str(error))
-            return Landed(corrupt=tuple(entry.slot.index for entry in entries))
+            _log.warning("kv_nixl_read_failed", num_blocks=len(rows), reason=str(error))
+            return Landed(corrupt=tuple(arrival.allowed))
 
-    def _fetch(self, source: Source, source_rows: list[int], rows: list[int]) -> list[int]:
+    def _fetch(self, source: Source, source_rows: Sequence[int], rows: Sequence[int]) -> list[int]:
         remote = cast(_Remote, source)
         with self._lock:
             remote.num_reads += 1
@@ -159,11 +159,13 @@ class NixlTransport(RowCopier):
                 self._forget_unused(remote)
         return self._memory.rows.checksums(rows)
 
-    def _read(self, remote: _Remote, source_rows: list[int], rows: list[int]) -> None:
+    def _read(self, remote: _Remote, source_rows: Sequence[int], rows: Sequence[int]) -> None:
         """Returns when the rows are here. Raises _ReadFailed when they are not and no byte of them can come any more."""
         try:
             with self._lock:
-                handle = self._agent.make_prepped_xfer("READ", self._local, rows, remote.handle, source_rows)
+                handle = self._agent.make_prepped_xfer(
+                    "READ", self._local, list(rows), remote.handle, list(source_rows)
+                )
                 state = self._agent.transfer(handle)
         except Exception as error:
             raise _ReadFailed(str(error)) from error

@@ -24,7 +24,6 @@ from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.transport.base import Transport
 from baton.kvtransfer.transport.frames import (
     MAX_ENTRIES,
-    BlockEntry,
     FrameKind,
     Header,
     pack_blocks,
@@ -58,6 +57,10 @@ class BlockPush(NamedTuple):
     block_id: int
 
 
+Pushes = Sequence[tuple[Slot, int]]
+"""Blocks to send, each like a BlockPush."""
+
+
 class OutletEvents(Protocol):
     """What an outlet reports to. Handoffs are named by their fence."""
 
@@ -88,7 +91,7 @@ class _Batch:
 
     fence: bytes
     token: bytes
-    blocks: Sequence[BlockPush]
+    blocks: Pushes
     rows: list[int] = field(default_factory=list)
     frame: Outgoing | None = None
     sent: tuple[tuple[int, int], ...] = ()  # (index, checksum)
@@ -128,7 +131,7 @@ class Outlet:
         self._num_failures = 0  # connections in a row that brought no verdict
         self._is_closed = False
 
-    def push(self, fence: bytes, token: bytes, blocks: Sequence[BlockPush]) -> None:
+    def push(self, fence: bytes, token: bytes, blocks: Pushes) -> None:
         """Sends blocks, in this order, after those before. ``on_sent`` follows for each unless the link is lost."""
         self._queue.append(_Batch(fence, token, blocks))
         self._start_pump()
@@ -206,7 +209,7 @@ class Outlet:
         self._reading = batches
         try:
             for batch in batches:
-                batch.rows = await self._memory.load([push.block_id for push in batch.blocks])
+                batch.rows = await self._memory.load([block_id for _, block_id in batch.blocks])
             if sum(len(batch.rows) for batch in batches) * self._memory.block_bytes <= _INLINE_BYTES:
                 self._hash_and_send(stream, batches)
             else:
@@ -229,11 +232,11 @@ class Outlet:
                 continue  # cancelled meanwhile
             failpoint.reach("kv.send.frame_k")
             checksums = self._memory.rows.checksums(batch.rows)
-            parts = zip(batch.blocks, batch.rows, checksums, strict=True)
-            entries = [BlockEntry(push.slot, checksum, row) for push, row, checksum in parts]
+            slots = [slot for slot, _ in batch.blocks]
+            entries = zip(slots, checksums, batch.rows, strict=True)
             head = pack_blocks(self._transport.kind, batch.fence, batch.token, entries, self._memory.block_bytes)
-            payload = [self._memory.rows.row(row) for row in batch.rows] if self._transport.is_inline else []
-            batch.sent = tuple((entry.slot.index, entry.checksum) for entry in entries)
+            payload = self._memory.rows.spans(batch.rows) if self._transport.is_inline else []
+            batch.sent = tuple(zip([slot.index for slot in slots], checksums, strict=True))
             batch.frame = Outgoing(head, payload)
             if not has_rest:
                 stream.send_now(batch.frame)
@@ -272,7 +275,7 @@ class Outlet:
             else:
                 self._sending.pop(batch, None)
                 lent = self._lent.setdefault(batch.fence, {})
-                lent.update({push.slot.index: row for push, row in zip(batch.blocks, batch.rows, strict=True)})
+                lent.update(zip([index for index, _ in batch.sent], batch.rows, strict=True))
             sent[batch.fence] = sent.get(batch.fence, ()) + batch.sent
         for fence, blocks in sent.items():
             self._events.on_sent(fence, blocks)

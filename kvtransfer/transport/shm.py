@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Executor
+from itertools import compress
 from typing import ClassVar, cast
 
 import structlog
@@ -19,7 +21,7 @@ from baton.kvtransfer.mapping import SharedMemory, host_id, open_mapping
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.rows import Rows
 from baton.kvtransfer.transport.base import Arrival, Landed, Offer, Source
-from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
+from baton.kvtransfer.transport.frames import FrameKind
 
 _log = structlog.get_logger(__name__)
 
@@ -42,23 +44,26 @@ class RowCopier:
         self._memory = memory
         self._executor = executor
         self._arrivals: deque[Arrival] = deque()
-        self._copying: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_copying = (
+            0  # tasks that will look for arrivals once more; one that is over may still be among the tasks
+        )
 
     def detach(self, source: Source) -> None:
         pass  # unmapped when the last view of it is gone
 
     def land(self, arrival: Arrival) -> None:
-        entries = _allowed(arrival)
-        num_bytes = len(entries) * self._memory.block_bytes
+        num_bytes = len(arrival.allowed) * self._memory.block_bytes
         is_quick = not self._memory.is_staged and not self.waits_for_peer
-        if num_bytes <= _INLINE_BYTES and not self._copying and is_quick:
-            arrival.ended(self._copy(arrival, entries, _block_ids(entries)))
+        if num_bytes <= _INLINE_BYTES and not self._num_copying and is_quick:
+            arrival.ended(self._copy(arrival, arrival.blocks.only(arrival.allowed).block_ids))
             return
         self._arrivals.append(arrival)
-        if len(self._copying) < _MAX_BATCHES:
+        if self._num_copying < _MAX_BATCHES:
+            self._num_copying += 1
             task = asyncio.create_task(self._copy_all(), name="kv-shm")
-            self._copying.add(task)
-            task.add_done_callback(self._copying.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def stop(self, fence: bytes) -> None:
         for arrival in [arrival for arrival in self._arrivals if arrival.fence == fence]:
@@ -69,22 +74,28 @@ class RowCopier:
         while self._arrivals:
             arrival = self._arrivals.popleft()
             arrival.ended(Landed(broken=tuple(arrival.allowed)))
-        if self._copying:
-            await asyncio.wait(self._copying)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def _copy_all(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._arrivals:
-            batch = self._take_batch()
-            rows = [await self._memory.claim(_block_ids(_allowed(arrival))) for arrival in batch]
-            try:
-                results = await loop.run_in_executor(self._executor, self._copy_batch, batch, rows)
-            except Exception:
-                _log.exception("kv_copy_failed", num_frames=len(batch))
-                results = [Landed(broken=tuple(arrival.allowed)) for arrival in batch]
-            for claimed in rows:
-                self._memory.unclaim(claimed)
-            _report(batch, results)
+        try:
+            while self._arrivals:
+                await self._copy_next()
+        finally:
+            self._num_copying -= 1
+
+    async def _copy_next(self) -> None:
+        batch = self._take_batch()
+        rows = [await self._memory.claim(arrival.blocks.only(arrival.allowed).block_ids) for arrival in batch]
+        try:
+            loop = asyncio.get_running_loop()
+            results = await loop.run_in_executor(self._executor, self._copy_batch, batch, rows)
+        except Exception:
+            _log.exception("kv_copy_failed", num_frames=len(batch))
+            results = [Landed(broken=tuple(arrival.allowed)) for arrival in batch]
+        for claimed in rows:
+            self._memory.unclaim(claimed)
+        _report(batch, results)
 
     def _take_batch(self) -> list[Arrival]:
         """Arrivals for one go of the thread. With staging one at a time: they would wait for each other's rows."""
@@ -96,26 +107,23 @@ class RowCopier:
         return batch
 
     def _copy_batch(self, batch: list[Arrival], rows: list[list[int]]) -> list[Landed]:
-        return [self._copy(arrival, _allowed(arrival), part) for arrival, part in zip(batch, rows, strict=True)]
+        return [self._copy(arrival, part) for arrival, part in zip(batch, rows, strict=True)]
 
-    def _copy(self, arrival: Arrival, entries: list[BlockEntry], rows: list[int]) -> Landed:
-        """Blocks land in ``rows``, and from there in their blocks. Runs on any thread."""
+    def _copy(self, arrival: Arrival, rows: Sequence[int]) -> Landed:
+        """The allowed blocks land in ``rows``, and from there in their blocks. Runs on any thread."""
         assert arrival.source is not None
-        checksums = self._fetch(arrival.source, [entry.source_row for entry in entries], rows)
-        if checksums == [entry.checksum for entry in entries]:
-            self._memory.store(rows, _block_ids(entries))
-            return Landed(landed=tuple(zip([entry.slot.index for entry in entries], checksums, strict=True)))
-        judged = [
-            (entry, row, entry.checksum == ours) for entry, row, ours in zip(entries, rows, checksums, strict=True)
-        ]
-        verified = [(entry, row) for entry, row, is_right in judged if is_right]
-        self._memory.store([row for _, row in verified], [entry.slot.block_id for entry, _ in verified])
+        blocks = arrival.blocks.only(arrival.allowed)
+        checksums = self._fetch(arrival.source, blocks.source_rows, rows)
+        is_right = [ours == theirs for ours, theirs in zip(checksums, blocks.checksums, strict=True)]
+        self._memory.store(list(compress(rows, is_right)), list(compress(blocks.block_ids, is_right)))
+        landed = tuple(compress(zip(blocks.indices, checksums, strict=True), is_right))
+        if len(landed) == len(is_right):
+            return Landed(landed)
         return Landed(
-            landed=tuple((entry.slot.index, entry.checksum) for entry, _ in verified),
-            corrupt=tuple(entry.slot.index for entry, _, is_right in judged if not is_right),
+            landed, tuple([index for index, right in zip(blocks.indices, is_right, strict=True) if not right])
         )
 
-    def _fetch(self, source: Source, source_rows: list[int], rows: list[int]) -> list[int]:
+    def _fetch(self, source: Source, source_rows: Sequence[int], rows: Sequence[int]) -> list[int]:
         """Brings rows of the sender into ours; the checksums of our copies."""
         return self._memory.rows.copy_from(cast(Rows, source), list(zip(source_rows, rows, strict=True)))
 
@@ -156,13 +164,3 @@ def _report(batch: list[Arrival], results: list[Landed]) -> None:
             broken=tuple(index for _, result in ended for index in result.broken),
         )
         ended[0][0].ended(landed)
-
-
-def _allowed(arrival: Arrival) -> list[BlockEntry]:
-    if len(arrival.allowed) == len(arrival.entries):
-        return list(arrival.entries)
-    return [entry for entry in arrival.entries if entry.slot.index in arrival.allowed]
-
-
-def _block_ids(entries: list[BlockEntry]) -> list[int]:
-    return [entry.slot.block_id for entry in entries]

@@ -7,14 +7,15 @@ taken when its last byte is there. A landing that is stopped needs no quarantine
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Executor
-from typing import Any, ClassVar
+from itertools import compress
+from typing import Any, ClassVar, cast
 
 from baton.kvtransfer.mapping import SharedMemory
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.transport.base import Arrival, Landed, Offer, Source
-from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
+from baton.kvtransfer.transport.frames import FrameKind
 
 _SINK = memoryview(bytearray(64 * 1024))
 
@@ -44,7 +45,7 @@ class TcpTransport:
     def land(self, arrival: Arrival) -> _InlineBlocks:
         blocks = _InlineBlocks(self, arrival)
         self._arriving.add(blocks)
-        wanted = [entry.slot.block_id for entry in arrival.entries if entry.slot.index in arrival.allowed]
+        wanted = arrival.blocks.only(arrival.allowed).block_ids
         rows = self.memory.try_claim(wanted)
         if rows is not None:
             blocks.start(rows)
@@ -62,22 +63,23 @@ class TcpTransport:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def conclude(self, blocks: _InlineBlocks, verified: list[tuple[BlockEntry, int]], landed: Landed) -> None:
-        """Reports how a frame's landings ended, once ``verified`` (entry, row) are in their blocks."""
+    def conclude(self, blocks: _InlineBlocks, landed: Landed) -> None:
+        """Reports how a frame's landings ended, once those that landed are in their blocks."""
         self._arriving.discard(blocks)
-        if self.memory.is_staged and verified:
-            self._spawn(self._store(blocks, verified, landed))
+        if self.memory.is_staged and landed.landed:
+            self._spawn(self._store(blocks, landed))
         else:
             self.memory.unclaim(blocks.rows)
             blocks.arrival.ended(landed)
 
-    async def _start_later(self, blocks: _InlineBlocks, block_ids: list[int]) -> None:
+    async def _start_later(self, blocks: _InlineBlocks, block_ids: Sequence[int]) -> None:
         blocks.start(await self.memory.claim(block_ids))
         blocks.arrival.resume()
 
-    async def _store(self, blocks: _InlineBlocks, verified: list[tuple[BlockEntry, int]], landed: Landed) -> None:
-        rows = [row for _, row in verified]
-        block_ids = [entry.slot.block_id for entry, _ in verified]
+    async def _store(self, blocks: _InlineBlocks, landed: Landed) -> None:
+        whole = blocks.arrival.blocks.only({index for index, _ in landed.landed})
+        rows = [blocks.row_of[index] for index in whole.indices]
+        block_ids = list(whole.block_ids)
         await asyncio.get_running_loop().run_in_executor(self._executor, self.memory.store, rows, block_ids)
         self.memory.unclaim(blocks.rows)
         blocks.arrival.ended(landed)
@@ -93,73 +95,73 @@ class _InlineBlocks:
 
     def __init__(self, transport: TcpTransport, arrival: Arrival) -> None:
         self.arrival = arrival
-        self.rows: list[int] = []
-        self.num_left = len(arrival.entries) * transport.memory.block_bytes
+        self.rows: Sequence[int] = ()
+        self.row_of: dict[int, int] = {}  # index of an allowed block -> its row
+        self.num_left = len(arrival.blocks) * transport.memory.block_bytes
         self._transport = transport
         self._memory_rows = transport.memory.rows
         self._block_bytes = transport.memory.block_bytes
-        self._targets: list[int | None] | None = None  # the row of each entry; None: into the sink
-        self._position = 0  # entry that the next byte belongs to
+        self._is_started = False  # the rows are known
+        self._position = 0  # block that the next byte belongs to
         self._offset = 0  # and where in it
-        self._verified: list[tuple[BlockEntry, int]] = []
+        self._landed: list[tuple[int, int]] = []
         self._corrupt: list[int] = []
         self._has_ended = False
 
-    def start(self, rows: list[int]) -> None:
+    def start(self, rows: Sequence[int]) -> None:
         """Rows for the allowed blocks are there."""
         if self._has_ended:
             self._transport.memory.unclaim(rows)
             return
         self.rows = rows
-        unused = iter(rows)
-        allowed = self.arrival.allowed
-        self._targets = [next(unused) if entry.slot.index in allowed else None for entry in self.arrival.entries]
+        self.row_of = dict(zip(self.arrival.blocks.only(self.arrival.allowed).indices, rows, strict=True))
+        self._is_started = True
 
     def buffers(self, max_bytes: int, max_buffers: int) -> list[memoryview]:
-        if self._targets is None:
+        if not self._is_started:
             return []
-        views: list[memoryview] = []
-        num_bytes, offset = 0, self._offset
-        for target in self._targets[self._position :]:
-            if target is None:
-                views.append(_SINK[: self._block_bytes - offset])
-            else:
-                views.append(self._memory_rows.row(target)[offset:])
-            num_bytes += len(views[-1])
-            is_cut_short = len(views[-1]) < self._block_bytes - offset
-            if is_cut_short or num_bytes >= max_bytes or len(views) == max_buffers:
-                break
-            offset = 0
+        size, offset = self._block_bytes, self._offset
+        end = self._position - (-(offset + max_bytes) // size)
+        rows = [self.row_of.get(index) for index in self.arrival.blocks.indices[self._position : end]]
+        if rows[0] is None:  # nobody's: as far as the sink goes
+            return [_SINK[: size - offset]]
+        wanted = rows[: rows.index(None)] if None in rows else rows
+        views = self._memory_rows.spans(cast(list[int], wanted))[:max_buffers]
+        views[0] = views[0][offset:]
         return views
 
     def advance(self, num_bytes: int) -> None:
         self.num_left -= num_bytes
-        self._offset += num_bytes
-        while self._offset >= self._block_bytes:
-            self._offset -= self._block_bytes
-            self._judge(self._position)
-            self._position += 1
+        count, self._offset = divmod(self._offset + num_bytes, self._block_bytes)
+        if count:
+            self._judge(self._position, self._position + count)
+            self._position += count
         if self.num_left == 0:
             self._end()
 
-    def _judge(self, position: int) -> None:
-        assert self._targets is not None
-        row, entry = self._targets[position], self.arrival.entries[position]
-        if row is None:
-            return
-        if self._memory_rows.checksum(row) == entry.checksum:
-            self._verified.append((entry, row))
-        else:
-            self._corrupt.append(entry.slot.index)
+    def _judge(self, first: int, end: int) -> None:
+        """These blocks are whole."""
+        indices, announced = self.arrival.blocks.indices[first:end], self.arrival.blocks.checksums[first:end]
+        rows = [self.row_of.get(index) for index in indices]
+        if None in rows:
+            kept = [row is not None for row in rows]
+            indices, announced = tuple(compress(indices, kept)), tuple(compress(announced, kept))
+            rows = list(compress(rows, kept))
+        checksums = self._memory_rows.checksums(cast(list[int], rows))
+        is_right = [ours == theirs for ours, theirs in zip(checksums, announced, strict=True)]
+        self._landed += compress(zip(indices, checksums, strict=True), is_right)
+        if not all(is_right):
+            self._corrupt += [index for index, right in zip(indices, is_right, strict=True) if not right]
 
     def give_up(self) -> None:
         """From now on no byte lands in a row."""
         if self._has_ended:
             return
-        is_waiting = self._targets is None
-        self._targets = [None] * len(self.arrival.entries)
+        is_waiting = not self._is_started
+        self._is_started = True
+        self.row_of = {}
         if self._transport.memory.is_staged:
-            self._verified.clear()
+            self._landed.clear()
         self._end()
         if is_waiting:
             self.arrival.resume()
@@ -171,7 +173,6 @@ class _InlineBlocks:
         if self._has_ended:
             return
         self._has_ended = True
-        landed = tuple((entry.slot.index, entry.checksum) for entry, _ in self._verified)
-        judged = {*(index for index, _ in landed), *self._corrupt}
-        broken = tuple(index for index in self.arrival.allowed if index not in judged)
-        self._transport.conclude(self, self._verified, Landed(landed, tuple(self._corrupt), broken))
+        judged = {*(index for index, _ in self._landed), *self._corrupt}
+        broken = tuple([index for index in self.arrival.allowed if index not in judged])
+        self._transport.conclude(self, Landed(tuple(self._landed), tuple(self._corrupt), broken))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import xxhash
 from helpers.kv_agents import COMPATIBILITY, FIRST_TOKEN, LAYOUT, Node
@@ -115,7 +115,7 @@ def blocks_frame(
     """A BLOCKS frame for these indices of the grant, whole; ``slot_changes`` spoil every slot in it."""
     slots = {slot.index: slot for slot in grant.slots}
     entries = [
-        BlockEntry(replace(slots.get(index, m.Slot(index, 0, 0)), **slot_changes), checksum(block), 0)
+        BlockEntry(slots.get(index, m.Slot(index, 0, 0))._replace(**slot_changes), checksum(block), 0)
         for index, block in data.items()
     ]
     head = frames.pack_blocks(FrameKind.BLOCKS, handoff.digest, token or grant.token, entries, BLOCK)

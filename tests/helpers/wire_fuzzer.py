@@ -235,7 +235,7 @@ MOVES: dict[str, Callable[[WireFuzzer], tuple[bytes, str]]] = {
     "token": lambda f: (f.with_header(32, f.rng.randbytes(32)), "close"),
     "block bytes": lambda f: (f.with_sizes(), "close and revoke"),
     "hello again": lambda f: (frames.pack_hello(f.rng.randbytes(16), f.rng.randbytes(32)), "close"),
-    "verdicts": lambda f: (frames.pack_verdicts(f.rng.randbytes(16), [0], [1])[0], "close"),
+    "verdicts": lambda f: (frames.pack_verdicts(f.rng.randbytes(16), [0], [1]), "close"),
     "gone": lambda f: (f.text(FrameKind.GONE), "close"),
     "close": lambda f: (f.text(FrameKind.CLOSE), "close"),
     "another block": lambda f: (f.frame(block_id=f.rng.choice([2**31, 2**32 - 1, 31 + f.rng.randrange(9)])), "revoke"),

@@ -27,15 +27,32 @@ def split(frame: bytes) -> tuple[frames.Header, bytes]:
 def test_blocks_round_trip(kind: FrameKind) -> None:
     header, body = split(frames.pack_blocks(kind, FENCE, TOKEN, ENTRIES, 4096))
     assert header == frames.Header(kind, 2, 64, FENCE, TOKEN)
-    assert frames.parse_blocks(body, 4096) == ENTRIES
+    blocks = frames.parse_blocks(body, 4096)
+    assert list(zip(blocks.slots(), blocks.checksums, blocks.source_rows, strict=True)) == ENTRIES
+    assert all(isinstance(slot, Slot) for slot in blocks.slots())
+
+
+def test_a_choice_of_blocks_keeps_what_belongs_to_each() -> None:
+    _, body = split(frames.pack_blocks(FrameKind.BLOCKS, FENCE, TOKEN, ENTRIES, 4096))
+    blocks = frames.parse_blocks(body, 4096)
+    assert len(blocks.only(set())) == 0
+    assert blocks.only({0, 5}) == blocks
+    chosen = blocks.only({5})
+    assert [*zip(chosen.slots(), chosen.checksums, chosen.source_rows, strict=True)] == ENTRIES[1:]
 
 
 def test_verdicts_round_trip_in_as_many_frames_as_it_takes() -> None:
-    landed, corrupt = range(100), (200, 201)
-    parts = [frames.parse_verdicts(split(frame)[1]) for frame in frames.pack_verdicts(FENCE, landed, corrupt)]
-    assert len(parts) == 2
-    assert parts[0][0] + parts[1][0] == tuple(landed)
-    assert parts[0][1] + parts[1][1] == corrupt
+    landed, corrupt = range(frames.MAX_ENTRIES), (2000, 2001)
+    whole = frames.pack_verdicts(FENCE, landed, corrupt)
+    parts = []
+    while whole:
+        header = frames.parse_header(whole[: frames.HEADER_BYTES])
+        end = frames.HEADER_BYTES + header.body_bytes
+        parts.append(frames.parse_verdicts(whole[frames.HEADER_BYTES : end]))
+        whole = whole[end:]
+    assert parts == [(tuple(landed), ()), ((), corrupt)]
+    mixed = frames.pack_verdicts(FENCE, (3, 1), (2,))
+    assert frames.parse_verdicts(split(mixed)[1]) == ((3, 1), (2,))
 
 
 @pytest.mark.parametrize("reason", ["", "two values: 1 and 2", "ünï©ode", "x" * 5000])

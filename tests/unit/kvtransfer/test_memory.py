@@ -52,6 +52,17 @@ def test_rows_are_copied_where_they_belong_and_the_checksum_is_of_the_copy(
     assert checksums == [xxhash.xxh3_64_intdigest(expected[to]) for _, to in pairs]
 
 
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [3, 2, 1], [4, 5, 0, 2, 3], [1, 1], []], ids=str)
+@pytest.mark.parametrize("row_bytes", [13, 4096, 600_000])
+def test_rows_next_to_each_other_are_seen_as_one_piece(row_bytes: int, indices: list[int]) -> None:
+    rows = make_rows(6, row_bytes, 1)
+    spans = rows.spans(indices)
+    assert b"".join(spans) == b"".join(rows.row(index) for index in indices)
+    assert len(spans) <= len(indices)
+    assert all(len(span) <= max(row_bytes, 1024 * 1024) for span in spans)
+    assert row_bytes > 4096 or len(rows.spans([0, 1, 2, 3])) == 1
+
+
 def test_a_source_that_changes_after_it_was_copied_does_not_change_the_checksum() -> None:
     source, target = make_rows(1, 5000, 1), make_rows(1, 5000, 2)
     copied = source.checksum(0)

@@ -197,7 +197,7 @@ async def test_no_verdict_is_heard_before_the_sending_was_told(monkeypatch: pyte
         setup.outlet.push(FENCES[0], TOKEN, [push(0, 2)])
         reading = asyncio.create_task(setup.read_frame())
         await eventually(lambda: setup.outlet._reading and setup.outlet._reading[0].frame)
-        setup.arrived.send(frames.pack_verdicts(FENCES[0], (0,), ())[0])
+        setup.arrived.send(frames.pack_verdicts(FENCES[0], (0,), ()))
         for _ in range(20):  # turns of the event loop, in which the verdict would be read
             await asyncio.sleep(0)
         assert heard == []

@@ -13,10 +13,9 @@ from helpers.kv_agents import COMPATIBILITY, Prompt, hand_over, options, running
 from helpers.waiting import eventually
 
 from baton.kvtransfer.errors import TransferError
-from baton.kvtransfer.messages import Slot
 from baton.kvtransfer.shape import LinkShape, ShapedLink
 from baton.kvtransfer.transport.base import Arrival, Landed
-from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
+from baton.kvtransfer.transport.frames import Blocks, FrameKind
 from baton.kvtransfer.transport.shaper import ShapedTransport
 
 BLOCK_BYTES = COMPATIBILITY.layout.block_bytes
@@ -71,7 +70,7 @@ class InstantTransport:
     """Blocks are there as soon as they are announced; ``outcome`` says which of them are right."""
 
     name, kind, is_inline = "instant", FrameKind.BLOCK_REFS, False
-    outcome = staticmethod(lambda arrival: Landed(tuple((entry.slot.index, 0) for entry in arrival.entries)))
+    outcome = staticmethod(lambda arrival: Landed(tuple((index, 0) for index in arrival.blocks.indices)))
 
     def land(self, arrival: Arrival) -> None:
         arrival.ended(self.outcome(arrival))
@@ -100,8 +99,9 @@ class Setup:
             done = tuple(index for index, _ in landed.landed)
             self.told.append((fence, done, tuple(landed.corrupt), tuple(landed.broken)))
 
-        entries = [BlockEntry(Slot(index, index, 1), 0, index) for index in indices]
-        self.shaped.land(Arrival(fence, entries, set(indices), None, lambda: None, ended))
+        count = len(indices)
+        blocks = Blocks(indices, indices, (1,) * count, (0,) * count, indices)
+        self.shaped.land(Arrival(fence, blocks, set(indices), None, lambda: None, ended))
 
 
 def test_blocks_are_reported_when_the_link_would_have_brought_them() -> None:
