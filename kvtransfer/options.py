@@ -19,6 +19,8 @@ class TransferOptions:
     connect_timeout_s: float = 2.0
     hello_timeout_s: float = 2.0  # a connection that has not said who it is by then is closed
     stall_s: float = 10.0  # a frame that does not move
+    silent_s: float = 4.0  # blocks under way and no verdict; longer where the link needs longer for a frame of them
+    min_bytes_per_s: float = 1e6  # a link that was not measured to be slower moves at least so much, or is broken
     canary_timeout_s: float = 5.0  # from sending a canary to the verdict on it
     canary_bytes: int = 1024 * 1024  # of blocks in the canary that measures bandwidth; 0: no canaries are sent
     transport_retry_s: float = 60.0  # a transport that failed between two workers is not tried again before that

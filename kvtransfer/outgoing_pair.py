@@ -17,10 +17,14 @@ from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.handshake import PeerClient
 from baton.kvtransfer.identity import HandoffId, WorkerIdentity, pair_digest
 from baton.kvtransfer.linking import Link, Linker
+from baton.kvtransfer.silence import VerdictWatch
 from baton.kvtransfer.transport.base import Transport
 from baton.kvtransfer.transport.outlet import Pushes
 
 _log = structlog.get_logger(__name__)
+
+_LOOKS = 8  # how often, in the time that a link may be silent, it is looked at
+_MOST_BYTES = 4 * 1024 * 1024  # of blocks that are judged together, unless one is larger: a frame's
 
 
 class PairedHandoff(Protocol):
@@ -63,6 +67,9 @@ class OutgoingPair:
         self._discard = discard
         self._handoffs: dict[bytes, PairedHandoff] = {}
         self._heart: asyncio.Task[None] | None = None
+        self._look_every_s = context.options.silent_s / _LOOKS
+        self._watch = VerdictWatch(context.options.silent_s, self._look_every_s)
+        self._watching: asyncio.Task[None] | None = None
         self._canary = CanarySender(context, pair_digest(context.identity, receiver))
         self._link: Link | None = None
         self._relinking: asyncio.Task[None] | None = None
@@ -123,11 +130,20 @@ class OutgoingPair:
     def push(self, fence: bytes, token: bytes, blocks: Pushes) -> None:
         """Sends blocks of a handoff."""
         if self._relinking is None and self._link is not None:
+            self._watch.pushed(fence, [slot.index for slot, _ in blocks])
+            if self._watching is None:
+                self._watching = asyncio.create_task(self._watch_link(), name="kv-link-watch")
             self._link.outlet.push(fence, token, blocks)
+
+    def doubt(self, fence: bytes) -> None:
+        """The receiver waited for blocks of this handoff. Sending them again is of no use on a link that swallows them."""
+        if self._relinking is None and self._link is not None and self._watch.is_doubtful(fence):
+            self._link.outlet.break_off("blocks that were sent did not arrive")
 
     def cancel(self, fence: bytes, when_quiet: Callable[[], None]) -> None:
         """Sends no more of a handoff. ``when_quiet`` is called when none of its blocks is being read here."""
         assert self._link is not None
+        self._watch.dropped(fence)
         self._link.outlet.cancel(fence, when_quiet)
 
     def add(self, handoff: PairedHandoff) -> None:
@@ -137,6 +153,7 @@ class OutgoingPair:
             self._heart = asyncio.create_task(self._beat(), name="kv-heartbeat")
 
     def remove(self, handoff: PairedHandoff) -> None:
+        self._watch.dropped(handoff.id.digest)
         self._handoffs.pop(handoff.id.digest, None)
 
     def lose(self, code: TransferCode, reason: str) -> None:
@@ -158,7 +175,8 @@ class OutgoingPair:
     async def close(self) -> None:
         self.is_closed = True
         self.lose(TransferCode.PEER_LOST, f"no longer connected to {self.receiver}")
-        tasks: list[asyncio.Task[Any]] = [task for task in (self._heart, self._relinking, self._measuring) if task]
+        running = (self._heart, self._watching, self._relinking, self._measuring)
+        tasks: list[asyncio.Task[Any]] = [task for task in running if task]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -185,6 +203,7 @@ class OutgoingPair:
     async def _relink(self, reason: str) -> None:
         link = self._link
         assert link is not None
+        self._watch.clear()
         try:
             self._canary.on_lost(TransferCode.PEER_LOST, reason)
             await link.outlet.close()
@@ -216,6 +235,7 @@ class OutgoingPair:
             handoff.feed(m.BlocksSent(blocks))
 
     def on_verdicts(self, fence: bytes, landed: tuple[int, ...], corrupt: tuple[int, ...]) -> None:
+        self._watch.judged(fence, (*landed, *corrupt))
         if fence == self._canary.fence:
             self._canary.on_verdicts(landed, corrupt)
             return
@@ -235,6 +255,7 @@ class OutgoingPair:
 
     def on_link_lost(self, reason: str) -> None:
         _log.info("kv_link_lost", receiver=str(self.receiver), reason=reason)
+        self._watch.clear()
         self._canary.on_lost(TransferCode.PEER_LOST, reason)
         if self._link is None or self._relinking is not None:
             return  # whoever makes the link hears it from the canary
@@ -246,6 +267,7 @@ class OutgoingPair:
 
     def on_unreachable(self, code: TransferCode, reason: str) -> None:
         _log.warning("kv_peer_unreachable", receiver=str(self.receiver), reason=reason)
+        self._watch.clear()
         self._canary.on_lost(code, reason)
         if self._link is None or self._relinking is not None:
             return
@@ -254,6 +276,25 @@ class OutgoingPair:
                 handoff.feed(m.PeerLost(reason, code))
         if code is TransferCode.STALE or not self._handoffs:
             self.discard()
+
+    async def _watch_link(self) -> None:
+        """A peer, or what is between, that takes blocks and says nothing is as good as none: the connection is made anew."""
+        try:
+            while self._watch.num_blocks:
+                still_s = self._watch.look(self._needed_s(), self._context.clock())
+                if still_s is not None and self._link is not None:
+                    num_blocks = self._watch.num_blocks
+                    self._link.outlet.break_off(f"no word of {num_blocks} blocks for {still_s:.1f} s")
+                await asyncio.sleep(self._look_every_s)
+        finally:
+            self._watching = None
+
+    def _needed_s(self) -> float:
+        """What the next verdict may take to come: on all that is under way, or on a frame of it."""
+        report, options, block_bytes = self.report, self._context.options, self._context.memory.block_bytes
+        num_bytes = max(block_bytes, min(self._watch.num_blocks * block_bytes, _MOST_BYTES))
+        bytes_per_s = min(options.min_bytes_per_s, report.gb_per_s * 1e9 / 2 or options.min_bytes_per_s)
+        return 2 * report.rtt_ms / 1e3 + num_bytes / bytes_per_s
 
     async def _beat(self) -> None:
         try:

@@ -197,6 +197,7 @@ class SenderHandoff:
                 if isinstance(answer, m.Incomplete):
                     # It answers this commit, whatever number the receiver knows it by.
                     answer = dataclasses.replace(answer, round=message.round)
+                    self._linked.doubt(self.id.digest)  # first, so that the same blocks are not lost twice
                 self.feed(answer)
                 return
 

@@ -149,6 +149,12 @@ class Outlet:
         else:
             when_quiet()
 
+    def break_off(self, reason: str) -> None:
+        """The connection is of no use although it stands: as if it had broken."""
+        if self._stream is not None:
+            self._stream.close()
+            self.on_lost(reason)
+
     async def close(self) -> None:
         """Drops what is queued and ends the connection."""
         self._is_closed = True

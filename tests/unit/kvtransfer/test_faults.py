@@ -133,6 +133,39 @@ async def test_a_link_that_stalls_is_given_up_and_made_again() -> None:
         assert proxy.num_connections == 2
 
 
+@pytest.mark.parametrize("after", [pytest.param(HELLO, id="from the start"), pytest.param(HELLO + FRAME, id="later")])
+async def test_a_link_that_swallows_frames_is_noticed_and_made_again(after: int) -> None:
+    """Nothing breaks, every frame has left, and none of them arrives."""
+    async with through_proxy(options=options(silent_s=0.3, stall_s=3600.0)) as (sender, receiver, proxy):
+        proxy.board.set("*", Fault(stall_after_bytes=after, max_times=1))
+        for attempt in (1, 2):
+            prompt = Prompt(PROMPT_BLOCKS, attempt=attempt)
+            await hand_over(sender, receiver, prompt)
+            assert_arrived(sender, receiver, prompt)
+        assert proxy.num_connections == 2
+
+
+async def test_a_link_that_goes_on_swallowing_frames_fails_its_handoffs() -> None:
+    async with through_proxy(options=options(silent_s=0.3, stall_s=3600.0)) as (sender, receiver, proxy):
+        proxy.board.set("*", Fault(stall_after_bytes=HELLO))
+        error = await failed(sender, receiver, Prompt(PROMPT_BLOCKS))
+        assert error.code is TransferCode.PEER_LOST
+        assert "the data connection broke again" in error.message
+        proxy.board.clear("*")
+        await hand_over(sender, receiver, Prompt(PROMPT_BLOCKS, attempt=2))
+
+
+async def test_a_slow_link_is_not_taken_for_a_silent_one() -> None:
+    """A verdict may take what a frame takes, and a link that was measured to be slow may take longer."""
+    slow = options(silent_s=0.2, stall_s=3600.0, min_bytes_per_s=FRAME / 60.0)
+    async with through_proxy(options=slow) as (sender, receiver, proxy):
+        proxy.board.set("*", Fault(rate_bytes_s=FRAME / 1.5))
+        prompt = Prompt(PROMPT_BLOCKS)
+        await hand_over(sender, receiver, prompt)
+        assert_arrived(sender, receiver, prompt)
+        assert proxy.num_connections == 1
+
+
 async def test_a_data_plane_that_cannot_be_reached_fails_the_handshake_and_names_the_address() -> None:
     async with running("prefill-0", transports="tcp") as sender, running("decode-0", advertised_port=1) as receiver:
         error = await failed(sender, receiver, Prompt([1]))
