@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc.aio
 
@@ -84,9 +85,13 @@ class TransferAgent:
         self._copying = ThreadPoolExecutor(_NUM_COPY_THREADS, thread_name_prefix="kv-copy")
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="kv-send")
         options = options or TransferOptions()
+        self.compatibility = compatibility
+        if options.newest_wire_version is not None:
+            versions = compatibility.versions.up_to(options.newest_wire_version)
+            self.compatibility = replace(compatibility, versions=versions)
         self._context = AgentContext(
             identity,
-            compatibility,
+            self.compatibility,
             memory,
             _shaped(make_transports(transports, memory, self._copying), options.link_shape, memory.block_bytes),
             self._hashing,
@@ -200,8 +205,13 @@ class TransferAgent:
         self._receiving.tick()
 
     def _connect(self, address: str) -> PeerClient:
-        timeout_s = self._context.options.rpc_timeout_s
-        return KVTransferClient(self._open_channel(address), address, timeout_s=timeout_s)
+        options = self._context.options
+        return KVTransferClient(
+            self._open_channel(address),
+            address,
+            timeout_s=options.rpc_timeout_s,
+            reserve_answer_s=options.reserve_answer_s,
+        )
 
 
 def _shaped(transports: dict[str, Transport], shape: LinkShape | None, block_bytes: int) -> dict[str, Transport]:

@@ -12,6 +12,7 @@ from baton.kvtransfer.fetch import Fetch
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility
 from baton.kvtransfer.transport.base import Offer, Source, Transport
+from baton.kvtransfer.versions import common_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class HandshakeReply:
     transport: str
     data_address: str  # host:port
     data_token: bytes  # 32 random bytes, for this pair of processes
+    version: int  # of the wire: the newest that both speak
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,10 @@ class PeerClient(Protocol):
 
     async def handshake(self, handshake: Handshake) -> HandshakeReply: ...
 
-    async def reserve(self, message: m.Reserve, timeout_s: float) -> m.Grant | m.Refuse: ...
+    async def reserve(self, message: m.Reserve, timeout_s: float, version: int) -> m.Grant | m.Refuse:
+        """Answers when there are slots, or will be none. ``version`` is the pair's: since TIMELY_ANSWERS a peer that says
+        nothing is found lost long before ``timeout_s``."""
+        ...
 
     async def commit(self, message: m.Commit, timeout_s: float) -> m.Ack | m.Incomplete | m.Refuse: ...
 
@@ -61,6 +66,18 @@ class PeerClient(Protocol):
     async def fetch(self, fetch: Fetch) -> int: ...
 
     async def close(self) -> None: ...
+
+
+def choose_version(theirs: Handshake, ours: Compatibility) -> int:
+    """The newest version of the wire that both speak. Raises Incompatible, which says who must be upgraded."""
+    here, there = ours.versions, theirs.compatibility.versions
+    version = common_version(here, there)
+    if version is None:
+        older = theirs.receiver if here.newest < there.oldest else theirs.sender
+        raise Incompatible(
+            f"wire version: {theirs.receiver} speaks {here}, {theirs.sender} speaks {there}: upgrade {older.worker_id}"
+        )
+    return version
 
 
 def choose_transport(theirs: Handshake, ours: Mapping[str, Transport]) -> tuple[Transport, Source | None]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-PROTOCOL_VERSION = 1
-"""Version of the messages and of the data plane's frames. Two workers with different versions do not pair."""
+from baton.kvtransfer.versions import WIRE_VERSIONS, VersionRange
 
 BLOCK_ORDER = "layer,kv,token,head,dim"
 """Order of the axes inside a block, slowest first; kv is 0 for K and 1 for V."""
@@ -53,17 +52,16 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class Compatibility:
-    """What must agree before two workers may exchange blocks."""
+    """What must agree before two workers may exchange blocks, and ``versions`` of the wire, of which one must be common."""
 
     model_fingerprint: str
     layout: KVLayout
-    protocol_version: int = PROTOCOL_VERSION
+    versions: VersionRange = WIRE_VERSIONS
 
 
 def mismatch(ours: Compatibility, theirs: Compatibility) -> str | None:
     """Names every value that differs, ours first, or returns None when blocks of one are blocks of the other."""
     pairs = [
-        ("protocol version", ours.protocol_version, theirs.protocol_version),
         ("model fingerprint", ours.model_fingerprint, theirs.model_fingerprint),
         *(
             (f"KV {field.name}", getattr(ours.layout, field.name), getattr(theirs.layout, field.name))

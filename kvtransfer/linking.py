@@ -26,6 +26,7 @@ class Link:
     transport: Transport
     outlet: Outlet
     token: bytes
+    version: int  # of the wire
     report: LinkReport
 
 
@@ -95,6 +96,9 @@ class Linker:
         reply = await client.handshake(ours)
         if reply.transport not in names:
             raise RemoteProtocolError(f"{receiver} chose transport {reply.transport!r}, which was not offered")
+        if reply.version not in context.compatibility.versions:
+            spoken = context.compatibility.versions
+            raise RemoteProtocolError(f"{receiver} chose wire version {reply.version}; {spoken} was offered")
         transport = context.transports[reply.transport]
         outlet = Outlet(
             split_address(reply.data_address),
@@ -106,6 +110,7 @@ class Linker:
             events=events,
             options=context.options,
             sockets=context.sockets,
+            version=reply.version,
         )
         try:
             # At once: an address that cannot be reached is found out before anybody waits for blocks.
@@ -119,7 +124,7 @@ class Linker:
         except BaseException:
             await outlet.close()
             raise
-        return Link(transport, outlet, reply.data_token, report)
+        return Link(transport, outlet, reply.data_token, reply.version, report)
 
 
 class _TransportFailed(Exception):

@@ -28,6 +28,8 @@ class TransferOptions:
     max_unknown_connections: int = 64  # connections that have not said who they are
     max_connections_per_peer: int = 4  # more than one only while a broken one is being replaced
     max_waiting_reservations: int = 1024  # reservations that wait for their announcement
+    reserve_answer_s: float = 1.0  # a reservation is answered in this time, if only with "still looking"
+    newest_wire_version: int | None = None  # speaks none that is newer: to try out beforehand what an upgrade will do
     link_shape: LinkShape | None = (
         None  # incoming blocks are reported as if they came over such a link; None: as they come
     )

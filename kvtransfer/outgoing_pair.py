@@ -82,6 +82,12 @@ class OutgoingPair:
         return self._link.transport
 
     @property
+    def version(self) -> int:
+        """Of the wire: the newest that both sides speak."""
+        assert self._link is not None
+        return self._link.version
+
+    @property
     def report(self) -> LinkReport:
         """What the canary found."""
         assert self._link is not None

@@ -14,14 +14,16 @@ from baton.kvtransfer.canary import CanaryReceiver
 from baton.kvtransfer.context import AgentContext
 from baton.kvtransfer.errors import Fenced, Incompatible, RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.expectations import Expectations
-from baton.kvtransfer.handshake import Handshake, HandshakeReply, HeartbeatReply, choose_transport
+from baton.kvtransfer.handshake import Handshake, HandshakeReply, HeartbeatReply, choose_transport, choose_version
 from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.incoming import ReceiverHandoff, ReceiverHost
 from baton.kvtransfer.layout import BLOCK_NAME_BYTES, mismatch
+from baton.kvtransfer.reservations import OpenReservations
 from baton.kvtransfer.transport.base import Arrival
 from baton.kvtransfer.transport.frames import Blocks, Header, parse_blocks
 from baton.kvtransfer.transport.listener import IncomingPair, Inlet
 from baton.kvtransfer.transport.stream import Payload
+from baton.kvtransfer.versions import TIMELY_ANSWERS
 
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +46,7 @@ class ReceivingSide:
         self._retired: OrderedDict[WorkerIdentity, None] = OrderedDict()
         self._handoffs: dict[bytes, ReceiverHandoff] = {}  # by fence; those that ended too, for a while
         self._ended: deque[bytes] = deque()
+        self._reservations = OpenReservations(options.limits.lease_s)
         self._canaries = CanaryReceiver(context)
         self._is_closed = False
 
@@ -70,23 +73,35 @@ class ReceivingSide:
         self._check_receiver(theirs.receiver)
         if theirs.sender in self._retired:
             raise Fenced(f"{theirs.sender} was replaced by a newer process")
+        version = choose_version(theirs, ours.compatibility)
         if (difference := mismatch(ours.compatibility, theirs.compatibility)) is not None:
             raise Incompatible(difference)
         transport, source = choose_transport(theirs, ours.transports)
         self._retire_others(theirs.sender)
         previous = self._pairs.get(theirs.sender)
-        pair = IncomingPair(theirs.sender, ours.identity, transport, source, secrets.token_bytes(32))
+        pair = IncomingPair(theirs.sender, ours.identity, transport, source, secrets.token_bytes(32), version)
         self._pairs[theirs.sender] = pair
         if previous is not None and theirs.keeps_handoffs:
             self._move_handoffs(previous, pair, theirs.failed)
         elif previous is not None:
             self._drop(previous, TransferCode.PEER_LOST, f"{theirs.sender} shook hands again")
         self.on_disconnected(pair)  # until it connects
-        _log.info("kv_pair_made", sender=str(theirs.sender), transport=transport.name)
-        return HandshakeReply(transport.name, self.data_address, pair.token)
+        _log.info("kv_pair_made", sender=str(theirs.sender), transport=transport.name, version=version)
+        return HandshakeReply(transport.name, self.data_address, pair.token, version)
 
-    async def reserve(self, message: m.Reserve) -> m.Grant | m.Refuse:
-        """Answers when there are slots, or will be none."""
+    async def reserve(self, message: m.Reserve, within_s: float = 0.0) -> m.Grant | m.Refuse | None:
+        """Answers when there are slots, or will be none; with ``within_s`` at least in that time, None for "still looking"."""
+        if not within_s:
+            return await self._look_for_slots(message)
+        try:
+            version = self._pair_of(message.handoff).version
+            if version < TIMELY_ANSWERS:
+                raise RemoteProtocolError(f"answer_within_ms between two that speak version {version}")
+            return await self._reservations.ask(message.handoff.digest, lambda: self._look_for_slots(message), within_s)
+        except TransferError as error:
+            return self._refuse(message.handoff, error)
+
+    async def _look_for_slots(self, message: m.Reserve) -> m.Grant | m.Refuse:
         handoff = self._handoffs.get(message.handoff.digest)
         try:
             pair = self._pair_of(message.handoff)
@@ -187,6 +202,7 @@ class ReceivingSide:
         for transport in self._context.transports.values():
             await transport.close()
         await self._canaries.close()
+        await self._reservations.close()
         for handoff in list(self._handoffs.values()):
             await handoff.settle()
         for pair in self._pairs.values():

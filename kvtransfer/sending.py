@@ -177,7 +177,8 @@ class SenderHandoff:
 
     async def _reserve(self, message: m.Reserve) -> None:
         try:
-            answer = await self._linked.client.reserve(message, self._machine.limits.reserve_timeout_s)
+            pair, limit_s = self._linked, self._machine.limits.reserve_timeout_s
+            answer = await pair.client.reserve(message, limit_s, pair.version)
         except TransferError as error:
             self.feed(m.PeerLost(error.message, error.code))
         else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
 from baton.api.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
@@ -19,6 +21,7 @@ from baton.kvtransfer.fetching import FetchDesk
 from baton.kvtransfer.handshake import Handshake, HandshakeReply, HeartbeatReply
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.receiving import ReceivingSide
+from baton.kvtransfer.versions import TIMELY_ANSWERS, WIRE_VERSIONS
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request")
@@ -52,18 +55,23 @@ class KVTransferServicer(pb_grpc.KVTransferServiceServicer):
         return wire.handshake_reply_to_wire(reply, self._identity)
 
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
+        await _parse(wire.check_known, request, context)
         message = await _parse(wire.reserve_from_wire, request, context)
-        return wire.reserve_answer_to_wire(await self._receiving.reserve(message))
+        answer = await self._receiving.reserve(message, request.answer_within_ms / 1e3)
+        return wire.reserve_answer_to_wire(answer)
 
     async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
+        await _parse(wire.check_known, request, context)
         message = await _parse(wire.commit_from_wire, request, context)
         return wire.commit_answer_to_wire(await self._receiving.commit(message))
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        await _parse(wire.check_known, request, context)
         message = await _parse(wire.abort_from_wire, request, context)
         return pb.AbortResponse(known=self._receiving.abort(message))
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
+        await _parse(wire.check_known, request, context)
         sender, receiver = await _parse(wire.endpoints_from_wire, request.endpoints, context)
         live = await _parse(lambda keys: [wire.key_from_wire(key) for key in keys], request.live, context)
         try:
@@ -122,10 +130,13 @@ async def _parse(parse: Callable[[Request], Parsed], request: Request, context: 
 class KVTransferClient:
     """Asks one peer. Owns ``channel``. Implements PeerClient."""
 
-    def __init__(self, channel: grpc.aio.Channel, address: str, *, timeout_s: float) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, address: str, *, timeout_s: float, reserve_answer_s: float = 1.0
+    ) -> None:
         self._channel = channel
         self._address = address
         self._timeout_s = timeout_s
+        self._reserve_answer_s = reserve_answer_s
         self._stub = pb_grpc.KVTransferServiceStub(channel)
 
     async def handshake(self, handshake: Handshake) -> HandshakeReply:
@@ -134,13 +145,25 @@ class KVTransferClient:
             raise wire.refusal_from_wire(response.refusal)
         return self._read(wire.handshake_reply_from_wire, response)
 
-    async def reserve(self, message: m.Reserve, timeout_s: float) -> m.Grant | m.Refuse:
-        response = await self._call(self._stub.Reserve, wire.reserve_to_wire(message), timeout_s + _GRACE_S)
-        return self._read(lambda answer: wire.reserve_answer_from_wire(answer, message.handoff), response)
+    async def reserve(
+        self, message: m.Reserve, timeout_s: float, version: int = WIRE_VERSIONS.oldest
+    ) -> m.Grant | m.Refuse:
+        request = wire.reserve_to_wire(message)
+        if version < TIMELY_ANSWERS:
+            response = await self._call(self._stub.Reserve, request, timeout_s + _GRACE_S)
+            return self._read_known(lambda answer: wire.reserve_answer_from_wire(answer, message.handoff), response)
+        request.answer_within_ms = max(1, round(self._reserve_answer_s * 1e3))
+        while True:
+            # At the earliest: a peer that is still looking sooner than it was asked to say so is not asked in a circle.
+            again_s = asyncio.get_running_loop().time() + self._reserve_answer_s
+            response = await self._call(self._stub.Reserve, request, self._reserve_answer_s + self._timeout_s)
+            if response.WhichOneof("outcome") != "waiting":
+                return self._read_known(lambda answer: wire.reserve_answer_from_wire(answer, message.handoff), response)
+            await asyncio.sleep(again_s - asyncio.get_running_loop().time())
 
     async def commit(self, message: m.Commit, timeout_s: float) -> m.Ack | m.Incomplete | m.Refuse:
         response = await self._call(self._stub.Commit, wire.commit_to_wire(message), timeout_s + _GRACE_S)
-        return self._read(lambda answer: wire.commit_answer_from_wire(answer, message), response)
+        return self._read_known(lambda answer: wire.commit_answer_from_wire(answer, message), response)
 
     async def abort(self, message: m.Abort) -> None:
         await self._call(self._stub.Abort, wire.abort_to_wire(message), self._timeout_s)
@@ -154,7 +177,9 @@ class KVTransferClient:
         response = await self._call(self._stub.Heartbeat, request, self._timeout_s)
         if response.HasField("refusal"):
             raise wire.refusal_from_wire(response.refusal)
-        return HeartbeatReply(self._read(lambda answer: frozenset(map(wire.key_from_wire, answer.unknown)), response))
+        return HeartbeatReply(
+            self._read_known(lambda answer: frozenset(map(wire.key_from_wire, answer.unknown)), response)
+        )
 
     async def fetch(self, fetch: Fetch) -> int:
         timeout_s = min(self._timeout_s, fetch.time_left_s)
@@ -174,6 +199,11 @@ class KVTransferClient:
             raise TransferError(code, why) from error
         except grpc.aio.UsageError as error:
             raise TransferError(TransferCode.PEER_LOST, f"the channel to {self._address} is closed") from error
+
+    def _read_known(self, parse: Callable[[Any], Parsed], response: Message) -> Parsed:
+        """What is said in a pair, whose version says which fields there are."""
+        self._read(wire.check_known, response)
+        return self._read(parse, response)
 
     def _read(self, parse: Callable[[Response], Parsed], response: Response) -> Parsed:
         try:

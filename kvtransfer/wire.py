@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.message import Message
+
 from baton.api.common.v1 import common_pb2
 from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
 from baton.kvtransfer import messages as m
@@ -14,6 +16,7 @@ from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility, KVLayout
 from baton.kvtransfer.mapping import SharedMemory
 from baton.kvtransfer.transport.base import Offer
+from baton.kvtransfer.versions import VersionRange
 
 _MAX_REQUEST_ID_CHARS = 256
 _MAX_IDENTITY_CHARS = 64
@@ -24,11 +27,25 @@ _MAX_ADDRESS_CHARS = 512
 _MAX_UINT32 = (1 << 32) - 1
 TOKEN_BYTES = 32
 DIGEST_BYTES = 16
+# What a receiver speaks that does not say: the first version had no range to agree on.
+_UNSAID_VERSION = 1
 
 
 def _need(condition: bool, field: str, problem: str) -> None:
     if not condition:
         raise ValueError(f"{field}: {problem}")
+
+
+def check_known(wire: Message) -> None:
+    """Raises ValueError for a message with fields, at any depth, that are not of a version that we speak.
+
+    Such a field may change what the others mean. In the handshake it may not, and is ignored: there a newer worker says what
+    it could do. Anywhere else a peer only says what the version of the pair has.
+    """
+    size = wire.ByteSize()
+    wire.DiscardUnknownFields()
+    unknown = size - wire.ByteSize()
+    _need(not unknown, wire.DESCRIPTOR.name, f"{unknown} bytes of fields that the version of this pair does not have")
 
 
 # Who.
@@ -81,7 +98,8 @@ def compatibility_to_wire(compatibility: Compatibility) -> common_pb2.Compatibil
     layout = compatibility.layout
     return common_pb2.Compatibility(
         model_fingerprint=compatibility.model_fingerprint,
-        protocol_version=compatibility.protocol_version,
+        protocol_version=compatibility.versions.oldest,
+        newest_protocol_version=compatibility.versions.newest,
         layout=common_pb2.KVLayout(
             num_layers=layout.num_layers,
             num_kv_heads=layout.num_kv_heads,
@@ -94,10 +112,15 @@ def compatibility_to_wire(compatibility: Compatibility) -> common_pb2.Compatibil
 
 
 def compatibility_from_wire(wire: common_pb2.Compatibility) -> Compatibility:
-    """Raises ValueError for a layout that cannot be."""
+    """Raises ValueError for a layout, or a range of versions, that cannot be."""
     w = wire.layout
     layout = KVLayout(w.num_layers, w.num_kv_heads, w.head_dim, w.block_size, w.dtype, w.order)
-    return Compatibility(wire.model_fingerprint, layout, wire.protocol_version)
+    return Compatibility(wire.model_fingerprint, layout, versions_from_wire(wire))
+
+
+def versions_from_wire(wire: common_pb2.Compatibility) -> VersionRange:
+    """A worker of version 1 names one version. Raises ValueError for a range that cannot be."""
+    return VersionRange(wire.protocol_version, wire.newest_protocol_version or wire.protocol_version)
 
 
 def handshake_to_wire(handshake: Handshake) -> pb.HandshakeRequest:
@@ -155,12 +178,14 @@ def handshake_reply_to_wire(reply: HandshakeReply, receiver: WorkerIdentity) -> 
         transport=reply.transport,
         data_address=reply.data_address,
         data_token=reply.data_token,
+        protocol_version=reply.version if reply.version > _UNSAID_VERSION else 0,
     )
 
 
 def handshake_reply_from_wire(wire: pb.HandshakeResponse) -> HandshakeReply:
     _need(len(wire.data_token) == TOKEN_BYTES, "data_token", f"{len(wire.data_token)} bytes, not {TOKEN_BYTES}")
-    return HandshakeReply(wire.transport, wire.data_address, wire.data_token)
+    version = wire.protocol_version or _UNSAID_VERSION
+    return HandshakeReply(wire.transport, wire.data_address, wire.data_token, version)
 
 
 # What they say.
@@ -199,7 +224,10 @@ def reserve_from_wire(wire: pb.ReserveRequest) -> m.Reserve:
     return m.Reserve(handoff, tuple(wire.block_names), wire.num_tokens, wire.transport)
 
 
-def reserve_answer_to_wire(answer: m.Grant | m.Refuse) -> pb.ReserveResponse:
+def reserve_answer_to_wire(answer: m.Grant | m.Refuse | None) -> pb.ReserveResponse:
+    """None: still looking."""
+    if answer is None:
+        return pb.ReserveResponse(waiting=pb.Waiting())
     if isinstance(answer, m.Refuse):
         return pb.ReserveResponse(refusal=refusal_to_wire(answer.code, answer.reason))
     slots = [pb.Slot(index=s.index, block_id=s.block_id, generation=s.generation) for s in answer.slots]

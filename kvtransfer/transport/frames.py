@@ -12,6 +12,9 @@ handoff's transfer token, or the pair's data token in HELLO; zero in what the re
     GONE, CLOSE          code and reason, each u16 length and UTF-8 (count is 0)
     HELLO                nothing
 
+``version`` is what the pair agreed on in the handshake, in every frame of both directions. Those of
+version 1 have at most 64 entries.
+
 Every length is checked against a fixed bound before anything is allocated for it.
 """
 
@@ -26,12 +29,13 @@ from itertools import chain, compress, repeat
 from typing import NamedTuple
 
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode
-from baton.kvtransfer.layout import PROTOCOL_VERSION
 from baton.kvtransfer.messages import Slot
+from baton.kvtransfer.versions import LARGE_FRAMES, WIRE_VERSIONS
 
 MAGIC = b"BTKV"
 MAX_ENTRIES = 512
 """Blocks in one frame. Enough that a frame's cost is spread over tiny ones; of larger ones fewer make a frame."""
+_MAX_ENTRIES_OF_VERSION_1 = 64
 
 _HEADER = struct.Struct("<4sHBBHHI16s32s")
 _BLOCK = struct.Struct("<IIQQII")
@@ -67,6 +71,7 @@ class Header:
     body_bytes: int
     fence: bytes
     token: bytes
+    version: int = WIRE_VERSIONS.newest
 
 
 class BlockEntry(NamedTuple):
@@ -105,19 +110,29 @@ class Blocks:
         return Blocks(*(tuple(compress(column, chosen)) for column in columns))
 
 
-def pack_hello(fence: bytes, token: bytes) -> bytes:
+def max_entries(version: int) -> int:
+    """Blocks, or verdicts, that one frame may have between two that speak this version."""
+    return MAX_ENTRIES if version >= LARGE_FRAMES else _MAX_ENTRIES_OF_VERSION_1
+
+
+def pack_hello(fence: bytes, token: bytes, version: int = WIRE_VERSIONS.newest) -> bytes:
     """The first frame of a connection."""
-    return _header(FrameKind.HELLO, 0, 0, fence, token)
+    return _header(FrameKind.HELLO, 0, 0, fence, token, version)
 
 
 def pack_blocks(
-    kind: FrameKind, fence: bytes, token: bytes, entries: Iterable[tuple[Slot, int, int]], block_bytes: int
+    kind: FrameKind,
+    fence: bytes,
+    token: bytes,
+    entries: Iterable[tuple[Slot, int, int]],
+    block_bytes: int,
+    version: int = WIRE_VERSIONS.newest,
 ) -> bytes:
     """Header and entries, each like a BlockEntry; for BLOCKS the caller sends the blocks' bytes right after."""
     slots, checksums, source_rows = zip(*entries, strict=True)
     rows = zip(*zip(*slots, strict=True), checksums, source_rows, repeat(block_bytes, len(slots)), strict=True)
     body = _blocks(len(slots)).pack(*chain.from_iterable(rows))
-    return _header(kind, len(slots), len(body), fence, token) + body
+    return _header(kind, len(slots), len(body), fence, token, version) + body
 
 
 @cache
@@ -126,35 +141,38 @@ def _blocks(count: int) -> struct.Struct:
     return struct.Struct("<" + _BLOCK.format.removeprefix("<") * count)
 
 
-def pack_verdicts(fence: bytes, landed: Iterable[int], corrupt: Iterable[int]) -> bytes:
+def pack_verdicts(
+    fence: bytes, landed: Iterable[int], corrupt: Iterable[int], version: int = WIRE_VERSIONS.newest
+) -> bytes:
     """As many frames as it takes, one after the other."""
+    most = max_entries(version)
     pack = _VERDICT.pack
     verdicts = [pack(index, 1) for index in landed] + [pack(index, 0) for index in corrupt]
     frames = []
-    for start in range(0, len(verdicts), MAX_ENTRIES):
-        part = verdicts[start : start + MAX_ENTRIES]
-        frames += [_header(FrameKind.VERDICTS, len(part), len(part) * _VERDICT.size, fence, NO_TOKEN), *part]
+    for start in range(0, len(verdicts), most):
+        part = verdicts[start : start + most]
+        frames += [_header(FrameKind.VERDICTS, len(part), len(part) * _VERDICT.size, fence, NO_TOKEN, version), *part]
     return b"".join(frames)
 
 
-def pack_text(kind: FrameKind, fence: bytes, code: str, reason: str) -> bytes:
+def pack_text(kind: FrameKind, fence: bytes, code: str, reason: str, version: int = WIRE_VERSIONS.newest) -> bytes:
     """GONE or CLOSE."""
     first, second = code.encode()[:_MAX_TEXT_BYTES], reason.encode()[:_MAX_TEXT_BYTES]
     body = _TEXT.pack(len(first), len(second)) + first + second
-    return _header(kind, 0, len(body), fence, NO_TOKEN) + body
+    return _header(kind, 0, len(body), fence, NO_TOKEN, version) + body
 
 
-def _header(kind: FrameKind, count: int, body_bytes: int, fence: bytes, token: bytes) -> bytes:
-    return _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, 0, count, 0, body_bytes, fence, token)
+def _header(kind: FrameKind, count: int, body_bytes: int, fence: bytes, token: bytes, version: int) -> bytes:
+    return _HEADER.pack(MAGIC, version, kind, 0, count, 0, body_bytes, fence, token)
 
 
 def parse_header(data: bytes | bytearray | memoryview) -> Header:
-    """Reads HEADER_BYTES bytes. Raises RemoteProtocolError for what no peer of this version sends."""
+    """Reads HEADER_BYTES bytes. Raises RemoteProtocolError for what no peer sends in any version that we speak."""
     magic, version, kind_number, zero, count, zeros, body_bytes, fence, token = _HEADER.unpack(data)
     if magic != MAGIC:
         raise RemoteProtocolError(f"frame magic {magic!r}, expected {MAGIC!r}")
-    if version != PROTOCOL_VERSION:
-        raise RemoteProtocolError(f"frame version {version}, expected {PROTOCOL_VERSION}")
+    if version not in WIRE_VERSIONS:
+        raise RemoteProtocolError(f"frame version {version}; versions {WIRE_VERSIONS} are spoken here")
     try:
         kind = FrameKind(kind_number)
     except ValueError:
@@ -163,11 +181,11 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         raise RemoteProtocolError("reserved bytes of a frame are not zero")
     entry_bytes = _ENTRY_BYTES.get(kind)
     if entry_bytes is not None:
-        if not 1 <= count <= MAX_ENTRIES or body_bytes != count * entry_bytes:
+        if not 1 <= count <= max_entries(version) or body_bytes != count * entry_bytes:
             raise RemoteProtocolError(f"{kind.name} frame with {count} entries in {body_bytes} bytes")
     elif count or (body_bytes if kind is FrameKind.HELLO else not _TEXT.size <= body_bytes <= MAX_BODY_BYTES):
         raise RemoteProtocolError(f"{kind.name} frame with {count} entries and {body_bytes} bytes")
-    return Header(kind, count, body_bytes, fence, token)
+    return Header(kind, count, body_bytes, fence, token, version)
 
 
 def parse_blocks(body: bytes | bytearray | memoryview, block_bytes: int) -> Blocks:

@@ -21,6 +21,7 @@ from baton.kvtransfer.transport.base import Source, Transport
 from baton.kvtransfer.transport.frames import FrameKind, Header, pack_text, pack_verdicts
 from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
+from baton.kvtransfer.versions import WIRE_VERSIONS
 
 _log = structlog.get_logger(__name__)
 
@@ -40,12 +41,14 @@ class IncomingPair:
         transport: Transport,
         source: Source | None,
         token: bytes,
+        version: int,
     ):
         self.sender = sender
         self.fence = pair_digest(sender, receiver)
         self.transport = transport
         self.source = source
         self.token = token
+        self.version = version  # of the wire
         self.inlets: list[Inlet] = []
         self.is_closed = False
         self.expiry: asyncio.TimerHandle | None = None  # runs while it has no connection
@@ -94,13 +97,17 @@ class Inlet:
         """It has said who it is, and proved it."""
         return self._pair is not None
 
+    @property
+    def _version(self) -> int:
+        return self._stream.version or WIRE_VERSIONS.oldest
+
     def send_verdicts(self, fence: bytes, landed: tuple[int, ...], corrupt: tuple[int, ...]) -> None:
         """Tells the sender what became of blocks."""
-        self._stream.send(Outgoing(pack_verdicts(fence, landed, corrupt)))
+        self._stream.send(Outgoing(pack_verdicts(fence, landed, corrupt, self._version)))
 
     def send_gone(self, fence: bytes, code: TransferCode, reason: str) -> None:
         """Tells the sender that a handoff is over."""
-        self._stream.send(Outgoing(pack_text(FrameKind.GONE, fence, code, reason)))
+        self._stream.send(Outgoing(pack_text(FrameKind.GONE, fence, code, reason, self._version)))
 
     def resume(self) -> None:
         """There is room again for what the connection was waiting with."""
@@ -123,6 +130,8 @@ class Inlet:
         # The comparison is made in any case: how long the answer takes says nothing about which pairs exist.
         if not hmac.compare_digest(token, header.token) or pair is None:
             raise RemoteProtocolError("no handshake with these two processes, or another token", TransferCode.STALE)
+        if header.version != pair.version:
+            raise RemoteProtocolError(f"HELLO of version {header.version}; the handshake chose {pair.version}")
         if len(pair.inlets) >= self._options.max_connections_per_peer:
             pair.inlets[0].close()
         pair.inlets.append(self)

@@ -23,9 +23,9 @@ from baton.kvtransfer.messages import Slot
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.transport.base import Transport
 from baton.kvtransfer.transport.frames import (
-    MAX_ENTRIES,
     FrameKind,
     Header,
+    max_entries,
     pack_blocks,
     pack_hello,
     parse_text,
@@ -33,6 +33,7 @@ from baton.kvtransfer.transport.frames import (
 )
 from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
+from baton.kvtransfer.versions import WIRE_VERSIONS
 
 _log = structlog.get_logger(__name__)
 
@@ -112,10 +113,12 @@ class Outlet:
         events: OutletEvents,
         options: TransferOptions,
         sockets: Sockets = SYSTEM_SOCKETS,
+        version: int = WIRE_VERSIONS.newest,
     ) -> None:
         self.address = address
+        self._version = version
         self._sockets = sockets
-        self._hello = pack_hello(pair_fence, data_token)
+        self._hello = pack_hello(pair_fence, data_token, version)
         self._transport = transport
         self._memory = memory
         self._executor = executor
@@ -198,7 +201,7 @@ class Outlet:
         """The next frames, of at most ``max_bytes`` together. With staging one: two would wait for each other's rows."""
         block_bytes, taken = self._memory.block_bytes, []
         num_left = max(1, max_bytes // block_bytes)
-        largest = max(1, min(MAX_ENTRIES, self._memory.max_rows, _FRAME_BYTES // block_bytes))
+        largest = max(1, min(max_entries(self._version), self._memory.max_rows, _FRAME_BYTES // block_bytes))
         while self._queue and num_left > 0:
             batch = self._queue[0]
             size = min(num_left, largest)
@@ -240,7 +243,9 @@ class Outlet:
             checksums = self._memory.rows.checksums(batch.rows)
             slots = [slot for slot, _ in batch.blocks]
             entries = zip(slots, checksums, batch.rows, strict=True)
-            head = pack_blocks(self._transport.kind, batch.fence, batch.token, entries, self._memory.block_bytes)
+            head = pack_blocks(
+                self._transport.kind, batch.fence, batch.token, entries, self._memory.block_bytes, self._version
+            )
             payload = self._memory.rows.spans(batch.rows) if self._transport.is_inline else []
             batch.sent = tuple(zip([slot.index for slot in slots], checksums, strict=True))
             batch.frame = Outgoing(head, payload)
@@ -304,7 +309,7 @@ class Outlet:
         except (OSError, TimeoutError) as error:
             why = (error.strerror if isinstance(error, OSError) else None) or "no answer"
             raise TransferError(TransferCode.PEER_LOST, f"data plane {host}:{port}: {why}") from error
-        self._stream = FrameStream(sock, self, stall_s=self._options.stall_s)
+        self._stream = FrameStream(sock, self, stall_s=self._options.stall_s, version=self._version)
         self._stream.send(Outgoing(self._hello))
 
     def on_frame(self, header: Header, body: memoryview) -> Payload | None:

@@ -20,6 +20,7 @@ import structlog
 
 from baton.kvtransfer.errors import RemoteProtocolError
 from baton.kvtransfer.transport.frames import HEADER_BYTES, MAX_BODY_BYTES, FrameKind, Header, pack_text, parse_header
+from baton.kvtransfer.versions import WIRE_VERSIONS
 
 _log = structlog.get_logger(__name__)
 
@@ -105,9 +106,15 @@ class Outgoing:
 
 
 class FrameStream:
-    """Owns ``sock``, connected and non-blocking. ``stall_s``: a frame that does not move for so long ends the connection."""
+    """Owns ``sock``, connected and non-blocking. ``stall_s``: a frame that does not move for so long ends the connection.
 
-    def __init__(self, sock: socket.socket, handler: FrameHandler, *, stall_s: float) -> None:
+    ``version`` of the wire: frames of another one end the connection. None until the peer's first frame, which decides it.
+    """
+
+    def __init__(
+        self, sock: socket.socket, handler: FrameHandler, *, stall_s: float, version: int | None = None
+    ) -> None:
+        self.version = version
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._handler = handler
@@ -296,6 +303,9 @@ class FrameStream:
     def _end_of_part(self) -> None:
         if self._header is None:
             header = parse_header(self._scratch[:HEADER_BYTES])
+            self.version = self.version or header.version
+            if header.version != self.version:
+                raise RemoteProtocolError(f"frame version {header.version} on a connection that speaks {self.version}")
             if header.body_bytes:
                 self._header, self._want = header, HEADER_BYTES + header.body_bytes
                 return
@@ -314,7 +324,8 @@ class FrameStream:
         """Ends the connection because of what the peer did, and tells it why."""
         if not self.is_closed:
             with contextlib.suppress(OSError):
-                self._sock.send(pack_text(FrameKind.CLOSE, bytes(16), error.code, error.message))
+                version = self.version or WIRE_VERSIONS.oldest
+                self._sock.send(pack_text(FrameKind.CLOSE, bytes(16), error.code, error.message, version))
         self._lose(error.message)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from baton.kvtransfer.versions import WIRE_VERSIONS, VersionRange, common_version
 from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost, WorkerCost, visible_transfer_s
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.fetch import FetchPlan, FetchPolicy, plan_fetch
@@ -55,7 +56,7 @@ class WorkerView:
     incarnation: str
     role: Role
     address: str
-    compatibility: str  # equal strings may exchange blocks
+    compatibility: str  # equal strings: the same blocks
     host_id: str = ""
     queued_tokens: int = 0  # prompt tokens waiting or being computed
     running: int = 0
@@ -63,6 +64,12 @@ class WorkerView:
     available_blocks: int = 1 << 30  # free or evictable
     max_num_batched_tokens: int = 2048
     cost: WorkerCost = field(default_factory=WorkerCost)
+    wire_versions: VersionRange = WIRE_VERSIONS  # of the transfer protocol
+
+    def exchanges_blocks_with(self, other: WorkerView) -> bool:
+        """They have the same blocks, and a version of the wire in common: a newer release and the one before it do."""
+        is_spoken = common_version(self.wire_versions, other.wire_versions) is not None
+        return is_spoken and self.compatibility == other.compatibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +154,7 @@ def route(
         for decoder in decoders
         if decoder.role is Role.DECODE
         for prefiller in prefillers
-        if prefiller.compatibility == decoder.compatibility
+        if prefiller.exchanges_blocks_with(decoder)
         and (prefiller.incarnation, decoder.incarnation) not in request.excluded_pairs
         and links.standing(PairKey(prefiller.incarnation, decoder.incarnation), now) is not Standing.FAILED
     ]
@@ -182,8 +189,7 @@ def _plan_fetch(
     costs = {
         worker.worker_id: _link(worker, needer, links)
         for worker in workers
-        if worker.compatibility == needer.compatibility
-        and (worker.incarnation, needer.incarnation) not in request.no_fetch
+        if worker.exchanges_blocks_with(needer) and (worker.incarnation, needer.incarnation) not in request.no_fetch
     }
     return plan_fetch(
         request.fetch,

@@ -26,19 +26,20 @@ class Readiness:
         """Whether the usable workers can serve, and why not, or what is lost if they can."""
         if any(view.role is Role.COLOCATED for view in views):
             return True, ""
-        prefill = {view.compatibility for view in views if view.role is Role.PREFILL}
-        decode = {view.compatibility for view in views if view.role is Role.DECODE}
+        prefill = [view for view in views if view.role is Role.PREFILL]
+        decode = [view for view in views if view.role is Role.DECODE]
+        is_any_pair = any(one.exchanges_blocks_with(other) for one in prefill for other in decode)
         if not decode:
             return False, f"no decode worker is ready ({len(views)} other workers are)"
         problem = self._problem_of_pairs(views)
-        if prefill & decode and problem is None:
+        if is_any_pair and problem is None:
             self._has_seen_pair = True
             return True, ""
         if not self._needs_pair():
             return True, ""
         if not prefill:
             problem = "no prefill worker is ready"
-        elif not prefill & decode:
+        elif not is_any_pair:
             problem = "no prefill worker can exchange blocks with a decode worker: /v1/workers shows how they differ"
         if self._has_seen_pair:
             return True, f"degraded: {problem}; decode workers prefill themselves"
@@ -53,7 +54,7 @@ class Readiness:
             for decode in views:
                 if (prefill.role, decode.role) != (Role.PREFILL, Role.DECODE):
                     continue
-                if prefill.compatibility != decode.compatibility:
+                if not prefill.exchanges_blocks_with(decode):
                     continue
                 link = self._links.get(PairKey(prefill.incarnation, decode.incarnation))
                 if link.state in (LinkState.VERIFIED, LinkState.UNVERIFIED):

@@ -17,6 +17,7 @@ import structlog
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
+from baton.kvtransfer.versions import VersionRange
 from baton.services.core.cost_model import DEFAULT_DECODE_STEP_S, DEFAULT_PREFILL_S_PER_TOKEN, WorkerCost
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role, WorkerView
@@ -269,6 +270,7 @@ def _view(known: KnownWorker) -> WorkerView:
         role=link.role,
         address=link.address,
         compatibility=compatibility_key(status.compatibility),
+        wire_versions=_wire_versions(status.compatibility),
         host_id=status.host_id,
         # The report is up to a second old; what this gateway has sent since is counted here. The larger one is nearer.
         queued_tokens=max(status.queued_tokens, link.num_inflight_tokens if is_prefill else 0),
@@ -281,13 +283,12 @@ def _view(known: KnownWorker) -> WorkerView:
 
 
 def compatibility_key(compatibility: pb.Compatibility) -> str:
-    """Workers with equal keys may exchange blocks."""
+    """Workers with equal keys have the same blocks, and exchange them if they also speak a version of the wire together."""
     layout = compatibility.layout
     return "/".join(
         str(part)
         for part in (
             compatibility.model_fingerprint,
-            compatibility.protocol_version,
             layout.num_layers,
             layout.num_kv_heads,
             layout.head_dim,
@@ -296,6 +297,12 @@ def compatibility_key(compatibility: pb.Compatibility) -> str:
             layout.order,
         )
     )
+
+
+def _wire_versions(compatibility: pb.Compatibility) -> VersionRange:
+    """Those of the worker; what makes no sense is taken for the oldest version there is, which the handshake will decide on."""
+    oldest = max(1, compatibility.protocol_version)
+    return VersionRange(oldest, max(oldest, compatibility.newest_protocol_version))
 
 
 def block_bytes(layout: pb.KVLayout) -> int:
@@ -328,6 +335,7 @@ def _describe(known: KnownWorker) -> dict[str, object]:
         "ledger_error": status.ledger_error,
         "fenced_total": status.fenced_total,
         "preemptions_total": status.preemptions_total,
+        "wire_versions": str(_wire_versions(status.compatibility)),
         "fingerprint": status.compatibility.model_fingerprint,
         "kv_dtype": status.compatibility.layout.dtype,
         "block_size": status.compatibility.layout.block_size,

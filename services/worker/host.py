@@ -25,6 +25,7 @@ from baton.kvtransfer.memory import BlockMemory, HostBlockMemory
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.shape import LinkShape
 from baton.kvtransfer.staging import StagedBlockMemory
+from baton.kvtransfer.wire import compatibility_to_wire
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.errors import ConfigurationError
@@ -351,7 +352,6 @@ class WorkerHost(ABC, Generic[WorkerT]):
 
     def _status(self) -> pb.WorkerStatus:
         worker, report, transfers = self.worker, self._report, self._agent.stats()
-        layout = self._layout
         status = pb.WorkerStatus(
             identity=self.identity,
             role=convert.role_to_wire(Role(self.settings.role)),
@@ -360,18 +360,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             started_ms=self._started_ms,
             address=self.address,
             model=self.settings.served_model_name or self.settings.model or "",
-            compatibility=pb.Compatibility(
-                model_fingerprint=self._compatibility.model_fingerprint,
-                layout=pb.KVLayout(
-                    num_layers=layout.num_layers,
-                    num_kv_heads=layout.num_kv_heads,
-                    head_dim=layout.head_dim,
-                    block_size=layout.block_size,
-                    dtype=layout.dtype,
-                    order=layout.order,
-                ),
-                protocol_version=self._compatibility.protocol_version,
-            ),
+            compatibility=compatibility_to_wire(self._agent.compatibility),
             max_model_len=self._limits.max_model_len,
             max_num_seqs=self._limits.max_num_seqs,
             max_num_batched_tokens=self._limits.max_num_batched_tokens,

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from baton.kvtransfer.versions import VersionRange
 from baton.services.core.cost_model import LinkCost, WorkerCost, visible_transfer_s
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.links import LinkMatrix, PairKey, ProbeResult
@@ -198,3 +199,25 @@ def test_half_open_lets_one_request_through() -> None:
     assert route(request(), [P0, busy, D0], links=links, now=6.0).chosen.prefill == busy
     links.on_transfer(pair(P0, D0), "shm", 100, 1.0, 7.0)
     assert route(request(), [P0, busy, D0], links=links, now=7.0).chosen.prefill == P0
+
+
+OLD, NEW = VersionRange(1, 1), VersionRange(1, 2)
+NEWER_STILL = VersionRange(3, 4)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(OLD, NEW), (NEW, OLD), (OLD, OLD), (VersionRange(2, 3), NEW)])
+def test_workers_of_two_releases_in_a_row_pair(prefill: VersionRange, decode: VersionRange) -> None:
+    one, other = dataclasses.replace(P0, wire_versions=prefill), dataclasses.replace(D0, wire_versions=decode)
+    assert route(request(), [one, other]).chosen.mode is Mode.REMOTE
+
+
+def test_in_the_middle_of_a_rolling_upgrade_only_workers_without_a_common_version_are_parted() -> None:
+    workers = [
+        dataclasses.replace(P0, wire_versions=OLD, queued_tokens=50_000),
+        dataclasses.replace(P1, wire_versions=NEWER_STILL),
+        dataclasses.replace(D0, wire_versions=NEW),
+    ]
+    assert route(request(), workers).chosen.prefill == workers[0]
+    decision = route(request(), workers[1:])
+    assert decision.chosen.mode is Mode.LOCAL
+    assert "no usable prefill worker" in decision.reason

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from baton.kvtransfer.versions import VersionRange
 from baton.services.core.links import LinkMatrix, PairKey, ProbeResult
 from baton.services.core.router import Role, WorkerView
 from baton.services.gateway.readiness import Readiness
@@ -26,6 +29,21 @@ def test_it_is_not_ready_before_the_first_pair_and_says_why(views: list[WorkerVi
 @pytest.mark.parametrize("views", [[PREFILL, DECODE], [COLOCATED], [view(Role.PREFILL, "y"), PREFILL, DECODE]])
 def test_a_pair_or_a_colocated_worker_is_enough(views: list[WorkerView]) -> None:
     assert Readiness().check(views) == (True, "")
+
+
+def test_workers_of_two_releases_in_a_row_are_a_pair_and_others_are_not() -> None:
+    old, new, newest = (
+        dataclasses.replace(PREFILL, wire_versions=VersionRange(*versions)) for versions in ((1, 1), (1, 2), (3, 4))
+    )
+    for prefill in (old, new):
+        assert Readiness().check([prefill, DECODE]) == (True, "")
+    is_ready, reason = Readiness().check([newest, DECODE])
+    assert not is_ready
+    assert "no prefill worker can exchange blocks" in reason
+    links = LinkMatrix()
+    links.on_probe(PairKey(PREFILL.incarnation, DECODE.incarnation), ProbeResult("tcp", is_verified=True), 0.0)
+    assert not Readiness(links=links).check([newest, DECODE])[0]
+    assert Readiness(links=links).check([old, DECODE]) == (True, "")
 
 
 @pytest.mark.parametrize("left", [[DECODE], [DECODE, view(Role.PREFILL, "y")]])

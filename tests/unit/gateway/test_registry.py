@@ -214,15 +214,13 @@ async def test_block_names_are_those_of_workers_that_decode(known: Known) -> Non
 def test_any_difference_of_blocks_keeps_workers_apart() -> None:
     base = pb.Compatibility(
         model_fingerprint="f",
-        protocol_version=1,
         layout=pb.KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32", order="o"),
     )
     keys = {compatibility_key(base)}
-    for field, value in (("model_fingerprint", "g"), ("protocol_version", 2)):
-        changed = pb.Compatibility()
-        changed.CopyFrom(base)
-        setattr(changed, field, value)
-        keys.add(compatibility_key(changed))
+    other_model = pb.Compatibility()
+    other_model.CopyFrom(base)
+    other_model.model_fingerprint = "g"
+    keys.add(compatibility_key(other_model))
     for field, value in (("num_layers", 3), ("num_kv_heads", 3), ("head_dim", 9), ("block_size", 32)):
         changed = pb.Compatibility()
         changed.CopyFrom(base)
@@ -233,5 +231,20 @@ def test_any_difference_of_blocks_keeps_workers_apart() -> None:
         changed.CopyFrom(base)
         setattr(changed.layout, field, text)
         keys.add(compatibility_key(changed))
-    assert len(keys) == 9
+    assert len(keys) == 8
     assert block_bytes(base.layout) == 2 * 2 * 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("said", "versions"),
+    [({"protocol_version": 1}, "1"), ({"protocol_version": 1, "newest_protocol_version": 2}, "1 to 2"), ({}, "1")],
+)
+async def test_the_versions_that_a_worker_speaks_are_known_and_shown(
+    known: Known, said: dict[str, int], versions: str
+) -> None:
+    async with run_worker("p", Role.PREFILL) as worker:
+        compatibility = pb.Compatibility(model_fingerprint="f", layout=pb.KVLayout(block_size=16), **said)
+        known.registry.heard(worker.status(compatibility=compatibility))
+        await eventually(lambda: known.usable == ["p"])
+        assert str(known.registry.views()[0].wire_versions) == versions
+        assert known.registry.describe()[0]["wire_versions"] == versions

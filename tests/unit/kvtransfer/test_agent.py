@@ -25,6 +25,7 @@ from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility
 from baton.kvtransfer.memory import HostBlockMemory
+from baton.kvtransfer.versions import VersionRange
 
 pytestmark = pytest.mark.usefixtures("where_bytes_are_moved")
 
@@ -180,7 +181,10 @@ async def test_a_message_for_another_incarnation_is_stale() -> None:
     ("other", "expected"),
     [
         (Compatibility("another model", LAYOUT), "model fingerprint: 'model' here, 'another model' there"),
-        (Compatibility("model", LAYOUT, 2), "protocol version: 1 here, 2 there"),
+        (
+            Compatibility("model", LAYOUT, VersionRange(3, 4)),
+            "wire version: decode-0/11111111 speaks 1 to 2, prefill-0/11111111 speaks 3 to 4: upgrade decode-0",
+        ),
         (
             Compatibility("model", dataclasses.replace(LAYOUT, num_layers=3, dtype="bfloat16")),
             "KV num_layers: 2 here, 3 there; KV dtype: 'float32' here, 'bfloat16' there",

@@ -42,8 +42,8 @@ def test_a_mismatch_names_the_field_and_both_values(field: str, other: object) -
 
 
 def test_every_difference_is_named() -> None:
-    message = mismatch(Compatibility("f", LAYOUT, 1), Compatibility("g", LAYOUT, 2))
-    assert message == "protocol version: 1 here, 2 there; model fingerprint: 'f' here, 'g' there"
+    message = mismatch(Compatibility("f", LAYOUT), Compatibility("g", dataclasses.replace(LAYOUT, head_dim=9)))
+    assert message == "model fingerprint: 'f' here, 'g' there; KV head_dim: 64 here, 9 there"
 
 
 @pytest.mark.parametrize(("field", "value"), [("dtype", "float8"), ("num_layers", 0), ("head_dim", -1)])

@@ -29,11 +29,12 @@ GRANT = m.Grant(kv.HANDOFF, (m.Slot(0, 2**32 - 1, 2**64 - 1), m.Slot(2, 0, 1)), 
 REFUSE = m.Refuse(kv.HANDOFF, TransferCode.NO_CAPACITY, "full")
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("shared", [None, SharedMemory(7, 9, 2**40, b"n" * 16)])
-def test_a_handshake_there_and_back(shared: SharedMemory | None) -> None:
+def test_a_handshake_there_and_back(shared: SharedMemory | None, version: int) -> None:
     handshake = Handshake(kv.SENDER, kv.RECEIVER, COMPATIBILITY, ("shm", "tcp"), Offer("host", shared))
     assert wire.handshake_from_wire(wire.handshake_to_wire(handshake)) == handshake
-    reply = HandshakeReply("tcp", "127.0.0.1:1", kv.TOKEN)
+    reply = HandshakeReply("tcp", "127.0.0.1:1", kv.TOKEN, version)
     assert wire.handshake_reply_from_wire(wire.handshake_reply_to_wire(reply, kv.RECEIVER)) == reply
 
 

@@ -256,14 +256,16 @@ class KVLayout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., order: _Optional[str] = ...) -> None: ...
 
 class Compatibility(_message.Message):
-    __slots__ = ("model_fingerprint", "layout", "protocol_version")
+    __slots__ = ("model_fingerprint", "layout", "protocol_version", "newest_protocol_version")
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     model_fingerprint: str
     layout: KVLayout
     protocol_version: int
-    def __init__(self, model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    newest_protocol_version: int
+    def __init__(self, model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., protocol_version: _Optional[int] = ..., newest_protocol_version: _Optional[int] = ...) -> None: ...
 
 class KVBlockCounts(_message.Message):
     __slots__ = ("total", "free", "cached", "request", "transfer", "quarantine")

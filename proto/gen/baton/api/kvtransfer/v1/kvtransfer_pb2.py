@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.api.common.v1 import common_pb2 as baton_dot_api_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(baton/api/kvtransfer/v1/kvtransfer.proto\x12\x17\x62\x61ton.api.kvtransfer.v1\x1a baton/api/common/v1/common.proto\"1\n\nHandoffKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"w\n\tEndpoints\x12\x33\n\x06sender\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\"(\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc8\x02\n\x10HandshakeRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x39\n\rcompatibility\x18\x02 \x01(\x0b\x32\".baton.api.common.v1.Compatibility\x12\x12\n\ntransports\x18\x03 \x03(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12<\n\rshared_memory\x18\x05 \x01(\x0b\x32%.baton.api.kvtransfer.v1.SharedMemory\x12\x37\n\x06offers\x18\x06 \x03(\x0b\x32\'.baton.api.kvtransfer.v1.TransportOffer\x12\x0e\n\x06\x66\x61iled\x18\x07 \x03(\t\x12\x16\n\x0ekeeps_handoffs\x18\x08 \x01(\x08\"1\n\x0eTransportOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"I\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\xba\x01\n\x11HandshakeResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x04 \x01(\t\x12\x12\n\ndata_token\x18\x05 \x01(\x0c\"\xb9\x01\n\x0eReserveRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x13\n\x0b\x62lock_names\x18\x03 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x11\n\ttransport\x18\x05 \x01(\t\";\n\x04Slot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"_\n\x05Grant\x12,\n\x05slots\x18\x01 \x03(\x0b\x32\x1d.baton.api.kvtransfer.v1.Slot\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x16\n\x0etransfer_token\x18\x03 \x01(\x0c\"\x82\x01\n\x0fReserveResponse\x12/\n\x05grant\x18\x01 \x01(\x0b\x32\x1e.baton.api.kvtransfer.v1.GrantH\x00\x12\x33\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.RefusalH\x00\x42\t\n\x07outcome\"\xd9\x01\n\rCommitRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\x0c\x12/\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x1a.baton.api.common.v1.Token\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"T\n\x0e\x43ommitResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x0f\n\x07missing\x18\x02 \x03(\r\"\x99\x01\n\x0c\x41\x62ortRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"|\n\x10HeartbeatRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x31\n\x04live\x18\x02 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\"|\n\x11HeartbeatResponse\x12\x34\n\x07unknown\x18\x01 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x31\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\"\xc0\x01\n\x0c\x46\x65tchRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x18\n\x10receiver_address\x18\x03 \x01(\t\x12\x13\n\x0b\x62lock_names\x18\x04 \x03(\x0c\x12\x14\n\x0ctime_left_ms\x18\x05 \x01(\r\"V\n\rFetchResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"\x94\x01\n\x0cProbeRequest\x12\x33\n\x06sender\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x18\n\x10receiver_address\x18\x03 \x01(\t\"\x99\x01\n\rProbeResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08verified\x18\x03 \x01(\x08\x12\x0e\n\x06rtt_ms\x18\x04 \x01(\x01\x12\x10\n\x08gb_per_s\x18\x05 \x01(\x01\x12\x0e\n\x06\x66\x61iled\x18\x06 \x03(\t2\x9c\x05\n\x11KVTransferService\x12\x62\n\tHandshake\x12).baton.api.kvtransfer.v1.HandshakeRequest\x1a*.baton.api.kvtransfer.v1.HandshakeResponse\x12\\\n\x07Reserve\x12\'.baton.api.kvtransfer.v1.ReserveRequest\x1a(.baton.api.kvtransfer.v1.ReserveResponse\x12Y\n\x06\x43ommit\x12&.baton.api.kvtransfer.v1.CommitRequest\x1a\'.baton.api.kvtransfer.v1.CommitResponse\x12V\n\x05\x41\x62ort\x12%.baton.api.kvtransfer.v1.AbortRequest\x1a&.baton.api.kvtransfer.v1.AbortResponse\x12\x62\n\tHeartbeat\x12).baton.api.kvtransfer.v1.HeartbeatRequest\x1a*.baton.api.kvtransfer.v1.HeartbeatResponse\x12V\n\x05\x46\x65tch\x12%.baton.api.kvtransfer.v1.FetchRequest\x1a&.baton.api.kvtransfer.v1.FetchResponse\x12V\n\x05Probe\x12%.baton.api.kvtransfer.v1.ProbeRequest\x1a&.baton.api.kvtransfer.v1.ProbeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(baton/api/kvtransfer/v1/kvtransfer.proto\x12\x17\x62\x61ton.api.kvtransfer.v1\x1a baton/api/common/v1/common.proto\"1\n\nHandoffKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"w\n\tEndpoints\x12\x33\n\x06sender\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\"(\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc8\x02\n\x10HandshakeRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x39\n\rcompatibility\x18\x02 \x01(\x0b\x32\".baton.api.common.v1.Compatibility\x12\x12\n\ntransports\x18\x03 \x03(\t\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12<\n\rshared_memory\x18\x05 \x01(\x0b\x32%.baton.api.kvtransfer.v1.SharedMemory\x12\x37\n\x06offers\x18\x06 \x03(\x0b\x32\'.baton.api.kvtransfer.v1.TransportOffer\x12\x0e\n\x06\x66\x61iled\x18\x07 \x03(\t\x12\x16\n\x0ekeeps_handoffs\x18\x08 \x01(\x08\"1\n\x0eTransportOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"I\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\xd4\x01\n\x11HandshakeResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x04 \x01(\t\x12\x12\n\ndata_token\x18\x05 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\"\xd3\x01\n\x0eReserveRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x13\n\x0b\x62lock_names\x18\x03 \x03(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x11\n\ttransport\x18\x05 \x01(\t\x12\x18\n\x10\x61nswer_within_ms\x18\x06 \x01(\r\";\n\x04Slot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08\x62lock_id\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"_\n\x05Grant\x12,\n\x05slots\x18\x01 \x03(\x0b\x32\x1d.baton.api.kvtransfer.v1.Slot\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x16\n\x0etransfer_token\x18\x03 \x01(\x0c\"\xb7\x01\n\x0fReserveResponse\x12/\n\x05grant\x18\x01 \x01(\x0b\x32\x1e.baton.api.kvtransfer.v1.GrantH\x00\x12\x33\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.RefusalH\x00\x12\x33\n\x07waiting\x18\x03 \x01(\x0b\x32 .baton.api.kvtransfer.v1.WaitingH\x00\x42\t\n\x07outcome\"\t\n\x07Waiting\"\xd9\x01\n\rCommitRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\x0c\x12/\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x1a.baton.api.common.v1.Token\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"T\n\x0e\x43ommitResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x0f\n\x07missing\x18\x02 \x03(\r\"\x99\x01\n\x0c\x41\x62ortRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"|\n\x10HeartbeatRequest\x12\x35\n\tendpoints\x18\x01 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x31\n\x04live\x18\x02 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\"|\n\x11HeartbeatResponse\x12\x34\n\x07unknown\x18\x01 \x03(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x31\n\x07refusal\x18\x02 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\"\xc0\x01\n\x0c\x46\x65tchRequest\x12\x34\n\x07handoff\x18\x01 \x01(\x0b\x32#.baton.api.kvtransfer.v1.HandoffKey\x12\x35\n\tendpoints\x18\x02 \x01(\x0b\x32\".baton.api.kvtransfer.v1.Endpoints\x12\x18\n\x10receiver_address\x18\x03 \x01(\t\x12\x13\n\x0b\x62lock_names\x18\x04 \x03(\x0c\x12\x14\n\x0ctime_left_ms\x18\x05 \x01(\r\"V\n\rFetchResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"\x94\x01\n\x0cProbeRequest\x12\x33\n\x06sender\x18\x01 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x35\n\x08receiver\x18\x02 \x01(\x0b\x32#.baton.api.common.v1.WorkerIdentity\x12\x18\n\x10receiver_address\x18\x03 \x01(\t\"\x99\x01\n\rProbeResponse\x12\x31\n\x07refusal\x18\x01 \x01(\x0b\x32 .baton.api.kvtransfer.v1.Refusal\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08verified\x18\x03 \x01(\x08\x12\x0e\n\x06rtt_ms\x18\x04 \x01(\x01\x12\x10\n\x08gb_per_s\x18\x05 \x01(\x01\x12\x0e\n\x06\x66\x61iled\x18\x06 \x03(\t2\x9c\x05\n\x11KVTransferService\x12\x62\n\tHandshake\x12).baton.api.kvtransfer.v1.HandshakeRequest\x1a*.baton.api.kvtransfer.v1.HandshakeResponse\x12\\\n\x07Reserve\x12\'.baton.api.kvtransfer.v1.ReserveRequest\x1a(.baton.api.kvtransfer.v1.ReserveResponse\x12Y\n\x06\x43ommit\x12&.baton.api.kvtransfer.v1.CommitRequest\x1a\'.baton.api.kvtransfer.v1.CommitResponse\x12V\n\x05\x41\x62ort\x12%.baton.api.kvtransfer.v1.AbortRequest\x1a&.baton.api.kvtransfer.v1.AbortResponse\x12\x62\n\tHeartbeat\x12).baton.api.kvtransfer.v1.HeartbeatRequest\x1a*.baton.api.kvtransfer.v1.HeartbeatResponse\x12V\n\x05\x46\x65tch\x12%.baton.api.kvtransfer.v1.FetchRequest\x1a&.baton.api.kvtransfer.v1.FetchResponse\x12V\n\x05Probe\x12%.baton.api.kvtransfer.v1.ProbeRequest\x1a&.baton.api.kvtransfer.v1.ProbeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,35 +45,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHAREDMEMORY']._serialized_start=699
   _globals['_SHAREDMEMORY']._serialized_end=772
   _globals['_HANDSHAKERESPONSE']._serialized_start=775
-  _globals['_HANDSHAKERESPONSE']._serialized_end=961
-  _globals['_RESERVEREQUEST']._serialized_start=964
-  _globals['_RESERVEREQUEST']._serialized_end=1149
-  _globals['_SLOT']._serialized_start=1151
-  _globals['_SLOT']._serialized_end=1210
-  _globals['_GRANT']._serialized_start=1212
-  _globals['_GRANT']._serialized_end=1307
-  _globals['_RESERVERESPONSE']._serialized_start=1310
-  _globals['_RESERVERESPONSE']._serialized_end=1440
-  _globals['_COMMITREQUEST']._serialized_start=1443
-  _globals['_COMMITREQUEST']._serialized_end=1660
-  _globals['_COMMITRESPONSE']._serialized_start=1662
-  _globals['_COMMITRESPONSE']._serialized_end=1746
-  _globals['_ABORTREQUEST']._serialized_start=1749
-  _globals['_ABORTREQUEST']._serialized_end=1902
-  _globals['_ABORTRESPONSE']._serialized_start=1904
-  _globals['_ABORTRESPONSE']._serialized_end=1934
-  _globals['_HEARTBEATREQUEST']._serialized_start=1936
-  _globals['_HEARTBEATREQUEST']._serialized_end=2060
-  _globals['_HEARTBEATRESPONSE']._serialized_start=2062
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2186
-  _globals['_FETCHREQUEST']._serialized_start=2189
-  _globals['_FETCHREQUEST']._serialized_end=2381
-  _globals['_FETCHRESPONSE']._serialized_start=2383
-  _globals['_FETCHRESPONSE']._serialized_end=2469
-  _globals['_PROBEREQUEST']._serialized_start=2472
-  _globals['_PROBEREQUEST']._serialized_end=2620
-  _globals['_PROBERESPONSE']._serialized_start=2623
-  _globals['_PROBERESPONSE']._serialized_end=2776
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2779
-  _globals['_KVTRANSFERSERVICE']._serialized_end=3447
+  _globals['_HANDSHAKERESPONSE']._serialized_end=987
+  _globals['_RESERVEREQUEST']._serialized_start=990
+  _globals['_RESERVEREQUEST']._serialized_end=1201
+  _globals['_SLOT']._serialized_start=1203
+  _globals['_SLOT']._serialized_end=1262
+  _globals['_GRANT']._serialized_start=1264
+  _globals['_GRANT']._serialized_end=1359
+  _globals['_RESERVERESPONSE']._serialized_start=1362
+  _globals['_RESERVERESPONSE']._serialized_end=1545
+  _globals['_WAITING']._serialized_start=1547
+  _globals['_WAITING']._serialized_end=1556
+  _globals['_COMMITREQUEST']._serialized_start=1559
+  _globals['_COMMITREQUEST']._serialized_end=1776
+  _globals['_COMMITRESPONSE']._serialized_start=1778
+  _globals['_COMMITRESPONSE']._serialized_end=1862
+  _globals['_ABORTREQUEST']._serialized_start=1865
+  _globals['_ABORTREQUEST']._serialized_end=2018
+  _globals['_ABORTRESPONSE']._serialized_start=2020
+  _globals['_ABORTRESPONSE']._serialized_end=2050
+  _globals['_HEARTBEATREQUEST']._serialized_start=2052
+  _globals['_HEARTBEATREQUEST']._serialized_end=2176
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2178
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2302
+  _globals['_FETCHREQUEST']._serialized_start=2305
+  _globals['_FETCHREQUEST']._serialized_end=2497
+  _globals['_FETCHRESPONSE']._serialized_start=2499
+  _globals['_FETCHRESPONSE']._serialized_end=2585
+  _globals['_PROBEREQUEST']._serialized_start=2588
+  _globals['_PROBEREQUEST']._serialized_end=2736
+  _globals['_PROBERESPONSE']._serialized_start=2739
+  _globals['_PROBERESPONSE']._serialized_end=2892
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2895
+  _globals['_KVTRANSFERSERVICE']._serialized_end=3563
 # @@protoc_insertion_point(module_scope)

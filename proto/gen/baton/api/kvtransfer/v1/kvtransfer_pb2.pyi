@@ -72,32 +72,36 @@ class SharedMemory(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("refusal", "receiver", "transport", "data_address", "data_token")
+    __slots__ = ("refusal", "receiver", "transport", "data_address", "data_token", "protocol_version")
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DATA_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     refusal: Refusal
     receiver: _common_pb2.WorkerIdentity
     transport: str
     data_address: str
     data_token: bytes
-    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., receiver: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., transport: _Optional[str] = ..., data_address: _Optional[str] = ..., data_token: _Optional[bytes] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, refusal: _Optional[_Union[Refusal, _Mapping]] = ..., receiver: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., transport: _Optional[str] = ..., data_address: _Optional[str] = ..., data_token: _Optional[bytes] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("handoff", "endpoints", "block_names", "num_tokens", "transport")
+    __slots__ = ("handoff", "endpoints", "block_names", "num_tokens", "transport", "answer_within_ms")
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_NAMES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_WITHIN_MS_FIELD_NUMBER: _ClassVar[int]
     handoff: HandoffKey
     endpoints: Endpoints
     block_names: _containers.RepeatedScalarFieldContainer[bytes]
     num_tokens: int
     transport: str
-    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., block_names: _Optional[_Iterable[bytes]] = ..., num_tokens: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    answer_within_ms: int
+    def __init__(self, handoff: _Optional[_Union[HandoffKey, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., block_names: _Optional[_Iterable[bytes]] = ..., num_tokens: _Optional[int] = ..., transport: _Optional[str] = ..., answer_within_ms: _Optional[int] = ...) -> None: ...
 
 class Slot(_message.Message):
     __slots__ = ("index", "block_id", "generation")
@@ -120,12 +124,18 @@ class Grant(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ..., lease_ms: _Optional[int] = ..., transfer_token: _Optional[bytes] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
-    __slots__ = ("grant", "refusal")
+    __slots__ = ("grant", "refusal", "waiting")
     GRANT_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     grant: Grant
     refusal: Refusal
-    def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    waiting: Waiting
+    def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class CommitRequest(_message.Message):
     __slots__ = ("handoff", "endpoints", "manifest_digest", "first_token", "num_bytes")
