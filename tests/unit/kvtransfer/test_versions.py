@@ -79,8 +79,8 @@ def test_without_a_common_version_both_ranges_are_named_and_who_is_the_older(
 async def test_each_version_hands_over_to_each_by_each_transport(
     sender_version: int, receiver_version: int, transport: str
 ) -> None:
-    """With canaries, so that those go by the version of the pair as well."""
-    common: dict[str, Any] = {"transports": transport}
+    """With canaries, so that those go by the version of the pair as well, and more blocks than a frame of version 1 has."""
+    common: dict[str, Any] = {"transports": transport, "num_blocks": 128}
     async with (
         running("prefill-0", options=options(canary_bytes=1, newest_wire_version=sender_version), **common) as sender,
         running(
@@ -89,9 +89,9 @@ async def test_each_version_hands_over_to_each_by_each_transport(
     ):
         sender.fill(1)
         receiver.fill(2)
-        prompt = Prompt([3, 5, 7, 11])
+        prompt = Prompt(list(range(100)))
         report = await hand_over(sender, receiver, prompt)
-        assert (report.transport, report.num_blocks) == (transport, 4)
+        assert (report.transport, report.num_blocks) == (transport, 100)
         assert_arrived(sender, receiver, prompt)
         (pair,) = receiver.agent._receiving._pairs.values()
         assert pair.version == min(sender_version, receiver_version)
@@ -140,6 +140,23 @@ async def test_frames_of_another_version_than_the_pairs_end_the_connection(spoke
         assert frame_back[0] is FrameKind.CLOSE
         assert frames.parse_text(frame_back[2])[0] is TransferCode.PROTOCOL
         assert node.contents() == before
+
+
+@pytest.mark.parametrize(("version", "most"), [(1, 64), (2, 512)])
+def test_a_frame_has_as_many_entries_as_its_version_allows(version: int, most: int) -> None:
+    assert frames.max_entries(version) == most
+    entries = [(kv.slots(index)[0], 1, 0) for index in range(most + 1)]
+    whole = frames.pack_blocks(FrameKind.BLOCKS, bytes(16), bytes(32), entries[:most], BLOCK, version)
+    assert frames.parse_header(whole[: frames.HEADER_BYTES]).count == most
+    more = frames.pack_blocks(FrameKind.BLOCKS, bytes(16), bytes(32), entries, BLOCK, version)
+    with pytest.raises(RemoteProtocolError, match=f"{most + 1} entries"):
+        frames.parse_header(more[: frames.HEADER_BYTES])
+    verdicts, kinds = frames.pack_verdicts(bytes(16), range(most + 1), (), version), []
+    while verdicts:
+        header = frames.parse_header(verdicts[: frames.HEADER_BYTES])
+        kinds.append((header.version, header.count))
+        verdicts = verdicts[frames.HEADER_BYTES + header.body_bytes :]
+    assert kinds == [(version, most), (version, 1)]
 
 
 # What a newer version may say, said between two that agreed on this one.
