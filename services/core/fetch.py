@@ -7,7 +7,7 @@ announced: a wrong one costs a question, so the worker is told how long to wait,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from baton.services.core.cost_model import LinkCost
@@ -54,37 +54,6 @@ class FetchPlan:
     fetch_s: float  # predicted
     compute_s: float  # what computing them instead would take
     patience_s: float  # then compute: together that is at most what computing at once would have taken, and a little
-
-
-# What a holder or its peer says at once, and may not say the next time.
-_PASSING = frozenset({"evicted", "no_capacity", "draining"})
-_FIRST_PAUSE_S = 5.0
-_LONGEST_PAUSE_S = 80.0
-_MAX_REMEMBERED = 1024
-
-
-@dataclass(slots=True)
-class FetchPauses:
-    """Pairs (holder, needer; by incarnation) between which a fetch failed: they are left alone for a while, twice as long
-    each time, since every failure may have cost a request its patience."""
-
-    _pauses: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)  # pair -> until when, its length
-
-    def failed(self, pair: tuple[str, str], code: str, now: float) -> None:
-        if code in _PASSING:
-            return
-        _, length_s = self._pauses.pop(pair, (0.0, _FIRST_PAUSE_S / 2))
-        length_s = min(2 * length_s, _LONGEST_PAUSE_S)
-        self._pauses[pair] = (now + length_s, length_s)
-        while len(self._pauses) > _MAX_REMEMBERED:
-            del self._pauses[next(iter(self._pauses))]
-
-    def succeeded(self, pair: tuple[str, str]) -> None:
-        self._pauses.pop(pair, None)
-
-    def at(self, now: float) -> frozenset[tuple[str, str]]:
-        """Those that are not to fetch now."""
-        return frozenset(pair for pair, (until_s, _) in self._pauses.items() if until_s > now)
 
 
 def plan_fetch(

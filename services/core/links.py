@@ -1,8 +1,11 @@
-"""What is known of the way from each prefill worker to each decode worker: the link matrix. Pure.
+"""What is known of the way from one worker to another, for those that exchange blocks: the link matrix. Pure.
 
 A canary (a block sent ahead of need, verified by the receiver) says whether a pair works, by which transport, and how fast.
 Real transfers then correct the figures and feed a breaker for each transport of the pair. A pair that nobody has measured is
 usable, at the default price; one whose canary failed is not, until a later one comes through.
+
+Fetches go the same ways, and count for and against them. They also have a breaker of their own, which opens at the first
+failure of any cause: a fetch that fails has cost a request its patience, and was never needed.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ _MIN_MEASURED_BYTES = 256 * 1024
 OTHER_TRANSPORT = "other_transport"
 """A fallback below the ladder's rungs: the same pair went on by another transport in the middle of a handoff."""
 
+# What a holder or its peer says at once to a fetch, and may not say the next time.
+_PASSING_CAUSES = frozenset({"evicted", "no_capacity", "draining"})
+_FETCH_LIMITS = BreakerLimits(max_failures=1, open_s=5.0, max_open_s=80.0)
 # Causes of a failed handoff that speak against the way. Not among them: no room, a deadline, somebody who gave up.
 _LINK_CAUSES = frozenset({"checksum", "peer_lost", "incomplete", "digest_mismatch", "protocol", "not_granted"})
 # Nothing is quicker or slower than this: a clock's resolution, a measurement on a stopped machine.
@@ -30,7 +36,10 @@ _MIN_BYTES_PER_S, _MAX_BYTES_PER_S = 1e6, 1e12
 
 @dataclass(frozen=True, slots=True)
 class PairKey:
-    """Two processes: incarnations of a prefill and a decode worker."""
+    """Two processes by their incarnations: who sends blocks and who gets them.
+
+    For a handoff these are a prefill and a decode worker; for a fetch the holder stands first, whatever its role.
+    """
 
     prefill: str
     decode: str
@@ -67,6 +76,7 @@ class Link:
     num_transfers: int = 0
     num_failures: int = 0
     breakers: dict[str, Breaker] = field(default_factory=dict)  # by transport
+    fetching: Breaker = field(default_factory=lambda: Breaker(_FETCH_LIMITS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,10 @@ class LinkView(Protocol):
         ...
 
     def standing(self, pair: PairKey, now: float) -> Standing: ...
+
+    def may_fetch(self, pair: PairKey, now: float) -> bool:
+        """Whether blocks are fetched this way: they need not be."""
+        ...
 
     def num_failures(self, pair: PairKey, now: float) -> int:
         """Lately; among pairs that are all bad, fewer is better."""
@@ -166,6 +180,34 @@ class LinkMatrix:
         if link is not None:
             self._breaker(link).on_over(now)
 
+    def on_fetch_start(self, pair: PairKey, now: float) -> None:
+        """A fetch begins."""
+        self.on_start(pair, now)
+        self._links[pair].fetching.on_try(now)
+
+    def on_fetched(self, pair: PairKey, transport: str, num_bytes: int, duration_ms: float, now: float) -> None:
+        """The blocks came."""
+        self.on_transfer(pair, transport, num_bytes, duration_ms, now)
+        self._links[pair].fetching.on_success(now)
+
+    def on_fetch_failed(self, pair: PairKey, cause: str, now: float) -> None:
+        """The blocks did not come. ``cause`` is the transfer's error code."""
+        link = self._links.setdefault(pair, Link())
+        if cause in _LINK_CAUSES:
+            self.on_failure(pair, now)
+        else:
+            self._breaker(link).on_over(now)
+        if cause in _PASSING_CAUSES:
+            link.fetching.on_over(now)
+        else:
+            link.fetching.on_failure(now)
+
+    def on_fetch_over(self, pair: PairKey, now: float) -> None:
+        """A fetch ended, and nobody said how."""
+        if (link := self._links.get(pair)) is not None:
+            self._breaker(link).on_over(now)
+            link.fetching.on_over(now)
+
     # What is asked.
 
     def cost(self, pair: PairKey) -> LinkCost | None:
@@ -182,6 +224,10 @@ class LinkMatrix:
         if link.state is LinkState.FAILED:
             return Standing.FAILED
         return Standing.FINE if self._breaker(link).allows(now) else Standing.OPEN
+
+    def may_fetch(self, pair: PairKey, now: float) -> bool:
+        link = self._links.get(pair)
+        return link is None or (self.standing(pair, now) is Standing.FINE and link.fetching.allows(now))
 
     def num_failures(self, pair: PairKey, now: float) -> int:
         link = self._links.get(pair)

@@ -85,7 +85,6 @@ class RoutedRequest:
     excluded_pairs: Collection[tuple[str, str]] = ()  # prefill and decode incarnations that failed it together
     preferred: Collection[str] = ()  # incarnations that hold blocks of it: before the price counts
     fetch: FetchPolicy | None = None  # None: blocks that others hold are not fetched
-    no_fetch: Collection[tuple[str, str]] = ()  # holder and needer, by incarnation: it failed lately
 
     def num_uncached_tokens(self, worker_id: str, fetch: FetchPlan | None = None) -> int:
         num_blocks = self.cached_blocks.get(worker_id, 0) if fetch is None else fetch.num_blocks
@@ -148,9 +147,9 @@ def route(
     prefillers = [worker for worker in usable if worker.role is Role.PREFILL]
     if not decoders:
         raise BatonError(ErrorCode.NO_WORKERS, _explain_none(workers, request), retryable=True, retry_after_s=1.0)
-    local = [_price_local(request, decoder, usable, links) for decoder in decoders]
+    local = [_price_local(request, decoder, usable, links, now) for decoder in decoders]
     remote = [
-        _price_remote(request, prefiller, decoder, usable, links)
+        _price_remote(request, prefiller, decoder, usable, links, now)
         for decoder in decoders
         if decoder.role is Role.DECODE
         for prefiller in prefillers
@@ -181,7 +180,7 @@ def _rank(request: RoutedRequest, candidate: Candidate, links: LinkView, now: fl
 
 
 def _plan_fetch(
-    request: RoutedRequest, needer: WorkerView, workers: Sequence[WorkerView], links: LinkView
+    request: RoutedRequest, needer: WorkerView, workers: Sequence[WorkerView], links: LinkView, now: float
 ) -> FetchPlan | None:
     """What the worker that prefills should get from another first."""
     if request.fetch is None or not request.cached_blocks:
@@ -189,7 +188,8 @@ def _plan_fetch(
     costs = {
         worker.worker_id: _link(worker, needer, links)
         for worker in workers
-        if worker.exchanges_blocks_with(needer) and (worker.incarnation, needer.incarnation) not in request.no_fetch
+        if worker.exchanges_blocks_with(needer)
+        and links.may_fetch(PairKey(worker.incarnation, needer.incarnation), now)
     }
     return plan_fetch(
         request.fetch,
@@ -204,10 +204,10 @@ def _plan_fetch(
 
 
 def _price_local(
-    request: RoutedRequest, decoder: WorkerView, workers: Sequence[WorkerView], links: LinkView
+    request: RoutedRequest, decoder: WorkerView, workers: Sequence[WorkerView], links: LinkView, now: float
 ) -> Candidate:
     mode = Mode.COLOCATED if decoder.role is Role.COLOCATED else Mode.LOCAL
-    fetch = _plan_fetch(request, decoder, workers, links)
+    fetch = _plan_fetch(request, decoder, workers, links, now)
     prefill_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id, fetch))
     return Candidate(
         mode,
@@ -228,8 +228,9 @@ def _price_remote(
     decoder: WorkerView,
     workers: Sequence[WorkerView],
     links: LinkView,
+    now: float,
 ) -> Candidate:
-    fetch = _plan_fetch(request, prefiller, workers, links)
+    fetch = _plan_fetch(request, prefiller, workers, links, now)
     num_blocks = -(-request.num_tokens // request.block_size)
     num_sent = max(0, num_blocks - request.cached_blocks.get(decoder.worker_id, 0))
     num_last_chunk = -(-min(request.num_tokens, prefiller.max_num_batched_tokens) // request.block_size)

@@ -14,7 +14,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2
 from baton.api.prefill.v1 import prefill_pb2
 from baton.services.core.block_hash import BlockNamer
-from baton.services.core.fetch import FETCH_FAILED, FetchPauses, FetchPlan, FetchPolicy
+from baton.services.core.fetch import FETCH_FAILED, FetchPlan, FetchPolicy
 from baton.services.core.ladder import Ladder
 from baton.services.core.ladder_steps import Attempt, Command, Emit, End, LadderLimits, PartOutput, Release, Start, Wish
 from baton.services.core.lifecycle import Instant
@@ -45,7 +45,9 @@ class _Run:
     arrivals: asyncio.Queue[Arrival] = field(default_factory=asyncio.Queue)
     links: dict[tuple[int, str], WorkerLink] = field(default_factory=dict)  # by attempt and incarnation, until released
     sent_s: float = 0.0  # the attempt under way
-    holder: str = ""  # incarnation that it fetches blocks from
+    fetching: PairKey | None = (
+        None  # the holder that blocks are fetched from, and who needs them, until it is known how that ended
+    )
     is_from_start: bool = True  # that attempt began without generated tokens
     block_size: int = 16
     told_cached_tokens: int | None = None
@@ -75,7 +77,6 @@ class WorkerDispatcher:
         self._placement = placement
         self._limits = limits or LadderLimits()
         self._fetch = fetch or FetchPolicy()
-        self._fetch_pauses = FetchPauses()
         self._registry = registry
         self._prefix_index = prefix_index
         self._block_key = block_key
@@ -194,7 +195,6 @@ class WorkerDispatcher:
             excluded_pairs=wish.excluded_pairs,
             preferred=wish.preferred,
             fetch=self._fetch,
-            no_fetch=self._fetch_pauses.at(self._clock()),
         )
         return route(routed, self._registry.views(), wish.placement, self._links, self._clock())
 
@@ -210,6 +210,9 @@ class WorkerDispatcher:
                 case Release():
                     link = run.links.pop((command.attempt, command.incarnation))
                     link.release((run.request.request_id, command.attempt), cancel=command.cancel)
+                    if run.fetching is not None and run.fetching.decode == command.incarnation:
+                        self._links.on_fetch_over(run.fetching, self._clock())
+                        run.fetching = None
                     if command.cancel and (pair := _pair(run.ladder.attempts[command.attempt - 1])) is not None:
                         self._links.on_over(pair, self._clock())
                 case Emit(delta):
@@ -248,7 +251,10 @@ class WorkerDispatcher:
             deadline_ms=0 if run.deadline_s is None else max(1, int((run.deadline_s - run.sent_s) * 1e3)),
         )
         fetch = self._fetch_source(chosen.fetch)
-        run.holder = "" if fetch is None else fetch.holder.incarnation
+        run.fetching = None
+        if fetch is not None:
+            run.fetching = PairKey(fetch.holder.incarnation, (prefill or decode).incarnation)
+            self._links.on_fetch_start(run.fetching, run.sent_s)
         # The decode worker first: it then knows of the handoff when the prefill worker asks it for slots.
         if prefill is None:
             decode.start(decode_pb2.Start(spec=spec, fetch=fetch), run.arrivals)
@@ -305,13 +311,13 @@ class WorkerDispatcher:
         is_failed = report.HasField("error")
         if is_failed:
             run.ladder.fallbacks.append(FETCH_FAILED)
-        if chosen.fetch is None:
+        pair, run.fetching = run.fetching, None
+        if chosen.fetch is None or pair is None:
             return
-        pair = (run.holder, (chosen.prefill or chosen.decode).incarnation)
         if is_failed:
-            self._fetch_pauses.failed(pair, report.error.code, self._clock())
+            self._links.on_fetch_failed(pair, report.error.code, self._clock())
         else:
-            self._fetch_pauses.succeeded(pair)
+            self._links.on_fetched(pair, report.transport, report.num_bytes, report.duration_ms, self._clock())
             self._fetch = self._fetch.learned(chosen.fetch, report.duration_ms / 1e3)
 
     def _log_failure(self, run: _Run) -> None:

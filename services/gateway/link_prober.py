@@ -164,7 +164,8 @@ class LinkProber:
 def describe_links(registry: Registry, links: LinkMatrix, now: float) -> list[dict[str, object]]:
     """``GET /v1/workers``: every worker, and for prefill workers the ways from it."""
     described = registry.describe()
-    ids = {known.link.incarnation: known.link.worker_id for known in registry}
+    # Blocks are fetched between other pairs too, which nobody probes.
+    ids = {known.link.incarnation: known.link.worker_id for known in registry if known.link.role is not Role.PREFILL}
     for worker in described:
         if worker["role"] == Role.PREFILL.value:
             own = [pair for pair in links.pairs() if pair.prefill == worker["incarnation"] and pair.decode in ids]

@@ -12,8 +12,10 @@ from helpers.waiting import eventually
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import ErrorCode
+from baton.services.core.fetch import FetchPolicy
 from baton.services.core.ladder_steps import LadderLimits
 from baton.services.core.lifecycle import Instant
+from baton.services.core.links import LinkMatrix
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.request import FinishReason, SamplingParams
 from baton.services.core.router import Role
@@ -24,6 +26,7 @@ from baton.services.gateway.registry import Registry
 from baton.services.gateway.worker_link import WorkerLink
 
 GATEWAY = pb.WorkerIdentity(worker_id="gateway", incarnation="g")
+BLOCK_KEY = b"key"
 PROMPT = list(range(1, 21))
 NUM_TOKENS = 4
 TRANSFER = pb.TransferReport(transport="shm", num_blocks=2, num_bytes=200, duration_ms=1.0)
@@ -57,19 +60,23 @@ def take_over(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
 
 
 class Dispatching:
-    def __init__(self, limits: LadderLimits) -> None:
+    def __init__(self, limits: LadderLimits, fetch: FetchPolicy | None = None) -> None:
         self.ended: list[GenerationRecord] = []
         self.receipts = ReceiptBook(self.ended.append)
         self.now_s = 0.0
         self.registry = Registry(GATEWAY, clock=lambda: self.now_s)
         self.num_started = 0
+        self.links = LinkMatrix()
+        self.prefix_index = PrefixIndex()
         self.dispatcher = WorkerDispatcher(
             self.registry,
-            PrefixIndex(),
-            b"key",
+            self.prefix_index,
+            BLOCK_KEY,
             self.receipts,
             clock=lambda: self.now_s,
             limits=limits,
+            fetch=fetch,
+            links=self.links,
             on_start=self._count,
         )
 
@@ -103,7 +110,10 @@ class Dispatching:
 
 @asynccontextmanager
 async def dispatching(
-    prefill: tuple[Behaviour, ...] = (), decode: tuple[Behaviour, ...] = (), **limits: Any
+    prefill: tuple[Behaviour, ...] = (),
+    decode: tuple[Behaviour, ...] = (),
+    fetch: FetchPolicy | None = None,
+    **limits: Any,
 ) -> AsyncIterator[tuple[Dispatching, list[ScriptedWorker], list[ScriptedWorker]]]:
     async with AsyncExitStack() as stack:
         pools = [
@@ -113,7 +123,7 @@ async def dispatching(
             ]
             for role, behaviours in ((Role.PREFILL, prefill), (Role.DECODE, decode))
         ]
-        made = Dispatching(LadderLimits(**limits))
+        made = Dispatching(LadderLimits(**limits), fetch)
         stack.push_async_callback(made.registry.close)
         for worker in (*pools[0], *pools[1]):
             made.registry.heard(worker.status())

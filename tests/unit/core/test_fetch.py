@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from baton.services.core.cost_model import LinkCost, WorkerCost
-from baton.services.core.fetch import ROUND_TRIPS_S, FetchMode, FetchPauses, FetchPlan, FetchPolicy, plan_fetch
+from baton.services.core.fetch import ROUND_TRIPS_S, FetchMode, FetchPlan, FetchPolicy, plan_fetch
+from baton.services.core.links import LinkMatrix, PairKey
 from baton.services.core.router import Mode, Placement, Role, RoutedRequest, WorkerView, route
 
 FAST = LinkCost(fixed_s=1e-3, bytes_per_s=1e9)
@@ -104,39 +105,6 @@ def test_what_a_fetch_takes_besides_its_bytes_is_learned_within_bounds() -> None
     )
 
 
-def test_a_pair_between_which_it_failed_is_left_alone_for_longer_each_time() -> None:
-    pauses, pair = FetchPauses(), ("inc-d0", "inc-p0")
-    lengths = []
-    now = 0.0
-    for _ in range(6):
-        pauses.failed(pair, "expired", now)
-        length = next(s for s in range(1, 200) if pair not in pauses.at(now + s))
-        lengths.append(length)
-        now += length
-    assert lengths == [5, 10, 20, 40, 80, 80]
-    pauses.failed(pair, "peer_lost", now)
-    pauses.succeeded(pair)
-    assert not pauses.at(now)
-    pauses.failed(pair, "expired", now)
-    assert pauses.at(now + 4.0) == {pair}
-    assert not pauses.at(now + 5.0)
-
-
-@pytest.mark.parametrize("code", ["evicted", "no_capacity", "draining"])
-def test_what_passes_by_itself_pauses_nothing(code: str) -> None:
-    pauses = FetchPauses()
-    pauses.failed(("inc-d0", "inc-p0"), code, 0.0)
-    assert not pauses.at(0.0)
-
-
-def test_only_the_newest_pauses_are_remembered() -> None:
-    pauses = FetchPauses()
-    for number in range(1100):
-        pauses.failed((f"d{number}", "p"), "expired", 0.0)
-    assert len(pauses.at(0.0)) == 1024
-    assert ("d1099", "p") in pauses.at(0.0)
-
-
 # In the router.
 
 P0, P1 = (WorkerView(f"p{i}", f"inc-p{i}", Role.PREFILL, f"h:{i}", "same", "host") for i in range(2))
@@ -184,9 +152,23 @@ def test_workers_whose_blocks_differ_and_those_to_avoid_are_not_asked() -> None:
     other = dataclasses.replace(D1, compatibility="other")
     assert route(routed({"d1": 40}), [P0, D0, other]).chosen.fetch is None
     assert route(routed({"d1": 40}, excluded=("inc-d1",)), [P0, D0, D1]).chosen.fetch is None
-    paused = routed({"d1": 40}, no_fetch={("inc-d1", "inc-p0")})
-    assert route(paused, [P0, D0, D1]).chosen.fetch is None
-    assert route(paused, [P1, D0, D1]).chosen.fetch is not None
+
+
+@pytest.mark.parametrize("cause", ["expired", "peer_lost"])
+def test_a_way_by_which_a_fetch_has_just_failed_is_not_asked(cause: str) -> None:
+    links, asked = LinkMatrix(), routed({"d1": 40})
+    links.on_fetch_failed(PairKey("inc-d1", "inc-p0"), cause, 0.0)
+    assert route(asked, [P0, D0, D1], links=links, now=1.0).chosen.fetch is None
+    assert route(asked, [P1, D0, D1], links=links, now=1.0).chosen.fetch is not None
+    assert route(asked, [P0, D0, D1], links=links, now=6.0).chosen.fetch is not None
+
+
+def test_a_way_by_which_handoffs_fail_is_not_asked_either() -> None:
+    links, asked = LinkMatrix(), routed({"p1": 40})
+    for _ in range(3):
+        links.on_failure(PairKey("inc-p1", "inc-d0"), 0.0)
+    assert route(asked, [P1, D0], Placement.LOCAL, links, 1.0).chosen.fetch is None
+    assert route(asked, [P1, D1], Placement.LOCAL, links, 1.0).chosen.fetch is not None
 
 
 def test_a_fast_prefill_worker_computes() -> None:

@@ -118,3 +118,64 @@ def test_pairs_of_processes_that_are_gone_are_forgotten() -> None:
 )
 def test_only_what_went_wrong_on_the_way_blames_it(error: BatonError | None, expected: bool) -> None:
     assert blames_link(error) is expected
+
+
+# Fetches.
+
+
+def test_after_each_fetch_that_fails_the_way_is_left_alone_for_longer() -> None:
+    links, lengths, now = matrix(), [], 0.0
+    for _ in range(6):
+        links.on_fetch_start(PAIR, now)
+        links.on_fetch_failed(PAIR, "expired", now)
+        length = next(s for s in range(1, 200) if links.may_fetch(PAIR, now + s))
+        lengths.append(length)
+        now += length
+    assert lengths == [5, 10, 20, 40, 80, 80]
+    assert links.standing(PAIR, now) is Standing.FINE  # that it took too long says nothing about the way
+    links.on_fetched(PAIR, "shm", 0, 1.0, now)
+    links.on_fetch_failed(PAIR, "expired", now)
+    assert not links.may_fetch(PAIR, now + 4.0)
+    assert links.may_fetch(PAIR, now + 5.0)
+
+
+@pytest.mark.parametrize("cause", ["evicted", "no_capacity", "draining"])
+def test_what_passes_by_itself_speaks_against_nothing(cause: str) -> None:
+    links = matrix()
+    links.on_fetch_failed(PAIR, cause, 0.0)
+    assert links.may_fetch(PAIR, 0.0)
+    assert links.num_failures(PAIR, 0.0) == 0
+
+
+@pytest.mark.parametrize("cause", ["checksum", "peer_lost", "incomplete"])
+def test_a_fetch_that_fails_on_its_way_counts_like_a_handoff_that_does(cause: str) -> None:
+    links = matrix()
+    links.on_fetch_failed(PAIR, cause, 0.0)
+    assert links.standing(PAIR, 0.0) is Standing.FINE
+    links.on_failure(PAIR, 1.0)
+    assert links.standing(PAIR, 1.0) is Standing.OPEN
+    assert links.get(PAIR).num_failures == 2
+    assert links.standing(OTHER, 1.0) is Standing.FINE
+
+
+def test_a_fetch_that_comes_through_closes_the_breaker_for_both() -> None:
+    links = matrix()
+    links.on_failure(PAIR, 0.0)
+    links.on_failure(PAIR, 0.0)
+    assert not links.may_fetch(PAIR, 1.0)  # handoffs failed, so blocks are not fetched either
+    assert links.may_fetch(PAIR, 5.0)
+    links.on_fetch_start(PAIR, 5.0)
+    assert not links.may_fetch(PAIR, 5.0)  # one try
+    links.on_fetched(PAIR, "shm", 1 << 20, 1.0, 5.5)
+    assert links.breaker_state(PAIR, 5.5) == "closed"
+    assert links.may_fetch(PAIR, 5.5)
+    assert links.get(PAIR).num_transfers == 1
+
+
+def test_a_fetch_whose_end_nobody_told_lets_the_next_one_try() -> None:
+    links = matrix()
+    links.on_fetch_failed(PAIR, "peer_lost", 0.0)
+    links.on_fetch_start(PAIR, 6.0)
+    assert not links.may_fetch(PAIR, 7.0)
+    links.on_fetch_over(PAIR, 7.0)
+    assert links.may_fetch(PAIR, 7.0)
