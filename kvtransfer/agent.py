@@ -194,9 +194,8 @@ class TransferAgent:
     def stats(self) -> TransferStats:
         """What was counted so far. Owned by the agent: read, do not keep."""
         stats = self._context.stats
-        active = self._receiving.active
-        stats.num_receiving = len(active)
-        stats.num_quarantined = sum(handoff.num_quarantined for handoff in active)
+        stats.num_receiving = len(self._receiving.active)
+        stats.num_quarantined = self._receiving.num_quarantined
         return stats
 
     def tick(self) -> None:

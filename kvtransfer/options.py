@@ -29,6 +29,7 @@ class TransferOptions:
     max_connections_per_peer: int = 4  # more than one only while a broken one is being replaced
     max_waiting_reservations: int = 1024  # reservations that wait for their announcement
     reserve_answer_s: float = 1.0  # a reservation is answered in this time, if only with "still looking"
+    max_num_quarantined: int | None = None  # slots; with more in quarantine no reservation is granted. None: any number
     newest_wire_version: int | None = None  # speaks none that is newer: to try out beforehand what an upgrade will do
     link_shape: LinkShape | None = (
         None  # incoming blocks are reported as if they came over such a link; None: as they come

@@ -54,6 +54,11 @@ class ReceivingSide:
     def active(self) -> Sequence[ReceiverHandoff]:
         return [handoff for handoff in self._handoffs.values() if not handoff.is_over]
 
+    @property
+    def num_quarantined(self) -> int:
+        """Slots that were given up and that a write can still land in."""
+        return sum(handoff.num_quarantined for handoff in self.active)
+
     # What the host says.
 
     def expect(self, key: HandoffKey, sender: WorkerIdentity, deadline_s: float | None) -> None:
@@ -107,6 +112,7 @@ class ReceivingSide:
             pair = self._pair_of(message.handoff)
             if handoff is None:
                 self._check_manifest(message, pair)
+                self._check_quarantine()
                 expectation = await self._expectations.wait_for(message.handoff)
                 pair = self._pair_of(message.handoff)
                 handoff = self._handoffs.get(message.handoff.digest)
@@ -257,6 +263,14 @@ class ReceivingSide:
             raise RemoteProtocolError(f"{message.num_tokens} tokens in {len(names)} blocks of {layout.block_size}")
         if message.transport not in self._context.transports:  # the pair may have gone on by another one meanwhile
             raise RemoteProtocolError(f"transport {message.transport!r}; the handshake chose {pair.transport.name!r}")
+
+    def _check_quarantine(self) -> None:
+        limit, count = self._context.options.max_num_quarantined, self.num_quarantined
+        if limit is not None and count > limit:
+            raise TransferError(
+                TransferCode.NO_CAPACITY,
+                f"{count} slots are in quarantine, at most {limit} may be; nothing new until then",
+            )
 
     def _refuse(self, handoff: HandoffId, error: TransferError) -> m.Refuse:
         self._context.stats.fenced += isinstance(error, Fenced)

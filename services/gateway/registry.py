@@ -319,6 +319,7 @@ def _describe(known: KnownWorker) -> dict[str, object]:
         "incarnation": known.link.incarnation,
         "pid": status.pid,
         "state": STATE_NAMES.get(status.state, "unknown") if known.link.is_connected else "unreachable",
+        "problem": status.problem or None,
         "address": known.link.address,
         "model": status.model,
         "queued": status.queued,

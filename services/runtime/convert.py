@@ -35,6 +35,7 @@ STATE_NAMES = {
     pb.WORKER_STATE_STARTING: "starting",
     pb.WORKER_STATE_READY: "ready",
     pb.WORKER_STATE_DRAINING: "draining",
+    pb.WORKER_STATE_UNHEALTHY: "unhealthy",
 }
 
 

@@ -208,6 +208,13 @@ class _WorkerCollector(Collector):
         for name, (text, value) in totals.items():
             yield GaugeMetricFamily(name, text, value=value)
 
+        unhealthy = GaugeMetricFamily(
+            "baton_worker_unhealthy", "1 while the worker takes nothing new: too much in quarantine.", labels=["worker"]
+        )
+        for status in statuses:
+            is_unhealthy = status.state == common_pb2.WORKER_STATE_UNHEALTHY
+            unhealthy.add_metric([status.identity.worker_id], int(is_unhealthy))
+        yield unhealthy
         blocks = GaugeMetricFamily(
             "baton_kv_blocks", "Blocks of each worker's pool by state.", labels=["pool", "state"]
         )

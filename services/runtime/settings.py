@@ -198,6 +198,19 @@ class ModelSettings(Settings):
         description="Seconds without progress after which a worker ends itself; a long step may take longer. 0: never.",
     )
 
+    max_quarantine_share: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of the KV blocks that may still be written to although given up; a worker with more is unhealthy.",
+    )
+    replace_unhealthy_after_s: float = Field(
+        60.0,
+        gt=0,
+        le=86400,
+        description="Seconds after which a worker that stays unhealthy ends itself, to be replaced.",
+    )
+
     @field_validator("block_size")
     @classmethod
     def _check_block_size(cls, size: int) -> int:

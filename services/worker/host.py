@@ -22,15 +22,13 @@ from baton.kvtransfer.identity import WorkerIdentity
 from baton.kvtransfer.incoming import ReceiverHost
 from baton.kvtransfer.layout import Compatibility, KVLayout
 from baton.kvtransfer.memory import BlockMemory, HostBlockMemory
-from baton.kvtransfer.options import TransferOptions
-from baton.kvtransfer.shape import LinkShape
 from baton.kvtransfer.staging import StagedBlockMemory
 from baton.kvtransfer.wire import compatibility_to_wire
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.errors import ConfigurationError
+from baton.services.core.quarantine import QuarantineBudget, QuarantineLimits
 from baton.services.core.router import Role
-from baton.services.core.scheduler.base import SchedulerLimits
 from baton.services.core.watchdog import WatchdogLimits
 from baton.services.engine.engine import Engine, set_num_threads
 from baton.services.engine.kv_cache import KVCacheShape
@@ -48,8 +46,10 @@ from baton.services.worker.announcer import Announcer
 from baton.services.worker.environment import Environment
 from baton.services.worker.failpoints import FailpointEngine, FailpointPool
 from baton.services.worker.ledger import LedgerServicer
+from baton.services.worker.limits import make_limits, make_transfer_options
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.pool_report import LedgerAudit, PoolReport, PoolWatch, add_report
+from baton.services.worker.quarantine import QuarantineWatch
 from baton.services.worker.speed import Speed, warm_up
 from baton.services.worker.watchdog import WatchdogThread
 from baton.services.worker.worker import Worker
@@ -110,11 +110,13 @@ class WorkerHost(ABC, Generic[WorkerT]):
         loaded = await asyncio.to_thread(self._load)
         shape = KVCacheShape.of(loaded.config, settings.block_size, loaded.dtype)
         num_blocks = shape.num_blocks_in(settings.kv_cache_memory)
-        self._limits = self._make_limits(loaded, num_blocks)
+        self._limits = make_limits(settings, loaded, num_blocks)
         self._layout = KVLayout(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype_name, shape.order
         )
         self._compatibility = Compatibility(loaded.fingerprint, self._layout)
+        limits = QuarantineLimits(settings.max_quarantine_share, settings.replace_unhealthy_after_s)
+        self._budget = QuarantineBudget(num_blocks, limits)
         engine, self._memory = await asyncio.to_thread(self._lay_out, loaded, num_blocks, shape.block_bytes)
         stack.callback(self._memory.close)
         pool = self._pool = (FailpointPool if settings.failpoints else BlockPool)(num_blocks, settings.block_size)
@@ -145,6 +147,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         worker.speed = self._speed
         agent = self._agent = worker.agent = worker.fetcher.agent = self._make_agent(worker)
         worker.fetcher.own_address = self.address
+        self._quarantine = self._watch_quarantine(worker)
         worker.steps.start()
         stack.push_async_callback(worker.steps.stop)
         stack.push_async_callback(server.stop, 0.5)
@@ -172,6 +175,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._run_until_stop(self._announcer.run(), "announce")
         await self._bus.start()
         self._run_until_stop(self._keep_alive(worker), "keep-alive")
+        self._run_until_stop(self._quarantine.run(), "quarantine")
         stack.callback(lambda: self._announcer.announce(leaving=True))
         self._watch(worker, engine)
         log.info(
@@ -203,6 +207,17 @@ class WorkerHost(ABC, Generic[WorkerT]):
         )
         watchdog.start()
         self._stack.callback(watchdog.stop)
+
+    def _watch_quarantine(self, worker: WorkerT) -> QuarantineWatch:
+        return QuarantineWatch(
+            self._budget,
+            count=lambda: self._agent.stats().num_quarantined,
+            clock=self._environment.clock,
+            health=self._health,
+            on_change=self._announcer.announce_soon,
+            drain=lambda: self.drain_within(0.0),
+            end=self._environment.end_process or (lambda status: worker.broken.set()),
+        )
 
     @property
     def address(self) -> str:
@@ -241,7 +256,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 self.receiver(worker),
                 holder=worker.fetcher,
                 transports=settings.transport,
-                options=_transfer_options(settings),
+                options=make_transfer_options(settings, self._budget),
                 data_host=settings.host,
                 data_port=settings.kv_port,
                 advertised_host=settings.public_host,
@@ -259,28 +274,6 @@ class WorkerHost(ABC, Generic[WorkerT]):
             return NoBus()
         token = settings.nats_token_file.read_text().strip() if settings.nats_token_file else None
         return NatsBus(settings.nats_url, name=settings.worker_id or settings.role, token=token)
-
-    def _make_limits(self, loaded: LoadedModel, num_blocks: int) -> SchedulerLimits:
-        settings, longest = self.settings, loaded.config.max_position_embeddings
-        if settings.max_model_len is not None and settings.max_model_len > longest:
-            raise ConfigurationError(
-                f"--max-model-len {settings.max_model_len} is above the model's own limit of {longest} tokens"
-            )
-        max_model_len = settings.max_model_len or longest
-        capacity = num_blocks * settings.block_size
-        if max_model_len > capacity:
-            if settings.max_model_len is not None:
-                raise ConfigurationError(
-                    f"--kv-cache-memory {settings.kv_cache_memory.human_readable()} holds {capacity} tokens, fewer than "
-                    f"--max-model-len {max_model_len}: give more memory or a smaller length"
-                )
-            log.warning("context shortened to what the KV cache holds", model=max_model_len, tokens=capacity)
-            max_model_len = capacity
-        return SchedulerLimits(
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
-            max_model_len=max_model_len,
-        )
 
     async def wait_failed(self) -> None:
         assert self.worker is not None
@@ -307,6 +300,8 @@ class WorkerHost(ABC, Generic[WorkerT]):
 
     async def _holds_nothing(self) -> bool:
         blocks, transfers = (await self.status()).kv_blocks, self._agent.stats()
+        if self._quarantine.is_lost:
+            return not (blocks.request or blocks.transfer)  # the rest does not end
         is_moving = transfers.num_sending or transfers.num_receiving or transfers.num_quarantined
         return not (blocks.request or blocks.transfer or blocks.quarantine or is_moving)
 
@@ -350,12 +345,18 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 reach("loop.turn")
             worker.renew_leases()
 
+    def _state(self) -> pb.WorkerState:
+        if self._health.is_draining:
+            return pb.WORKER_STATE_DRAINING
+        return pb.WORKER_STATE_UNHEALTHY if self._quarantine.problem else pb.WORKER_STATE_READY
+
     def _status(self) -> pb.WorkerStatus:
         worker, report, transfers = self.worker, self._report, self._agent.stats()
         status = pb.WorkerStatus(
             identity=self.identity,
             role=convert.role_to_wire(Role(self.settings.role)),
-            state=pb.WORKER_STATE_DRAINING if self._health.is_draining else pb.WORKER_STATE_READY,
+            state=self._state(),
+            problem=self._quarantine.problem,
             pid=os.getpid(),
             started_ms=self._started_ms,
             address=self.address,
@@ -379,9 +380,3 @@ class WorkerHost(ABC, Generic[WorkerT]):
         if report is not None:
             add_report(status, report)
         return status
-
-
-def _transfer_options(settings: WorkerSettings) -> TransferOptions:
-    if settings.kv_link_mb_per_s is None:
-        return TransferOptions()
-    return TransferOptions(link_shape=LinkShape(settings.kv_link_mb_per_s * 1e6, settings.kv_link_latency_ms / 1e3))

@@ -27,15 +27,15 @@ async def test_a_pool_half_upgraded_serves_the_same_tokens(
     subject: Subject, key_file: Path, monkeypatch: pytest.MonkeyPatch, old_role: str
 ) -> None:
     """Two prefill workers, one decode worker; the first of one role speaks the older version of the wire."""
-    original, pinned = worker_host._transfer_options, set()
+    original, pinned = worker_host.make_transfer_options, set()
 
-    def options(settings: Any) -> Any:
+    def options(settings: Any, budget: Any) -> Any:
         if settings.role == old_role and not pinned:
             pinned.add(settings.worker_id)
-            return replace(original(settings), newest_wire_version=OLD)
-        return original(settings)
+            return replace(original(settings, budget), newest_wire_version=OLD)
+        return original(settings, budget)
 
-    monkeypatch.setattr(worker_host, "_transfer_options", options)
+    monkeypatch.setattr(worker_host, "make_transfer_options", options)
     async with run_cluster(subject.loaded, key_file, num_prefill=2) as cluster:
         prompts = [make_prompt(40 + 3 * number, seed=number) for number in range(6)]
         answers = await cluster.generate_all(prompts, max_tokens=8, ignore_eos=True)
