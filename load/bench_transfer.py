@@ -8,10 +8,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from baton.kvtransfer.agent import TransferAgent
+from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.messages import FirstToken
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
 from baton.kvtransfer.transport.registry import TRANSPORT_NAMES
@@ -41,18 +42,24 @@ COMPUTE_TO_TRANSFER = 12
 _numbers = itertools.count()
 
 
-def bench_transfer(repeats: int = 9) -> list[Row]:
-    """Each transport in turns with its limit, so that both see the same machine."""
+def bench_transfer(repeats: int = 9, transports: Sequence[str] = TRANSPORT_NAMES) -> list[Row]:
+    """Each transport in turns with its limit, so that both see the same machine. One that does not work here is skipped."""
     rows: list[Row] = []
-    for transport in TRANSPORT_NAMES:
-        for layout, num_bytes in BULK_BYTES.items():
-            spec = PeerSpec(transport, layout, num_bytes // LAYOUTS[layout].block_bytes)
-            rows += asyncio.run(_bench_bulk(spec, repeats))
-        spec = PeerSpec(transport, LATENCY_LAYOUT, max(LATENCY_SIZES.values()))
-        rows += asyncio.run(_bench_latency(spec, 2 * repeats))
-        spec = PeerSpec(transport, OVERLAP_LAYOUT, OVERLAP_BLOCKS, OVERLAP_BYTES_PER_S)
-        rows += asyncio.run(_bench_overlap(spec, 3))
+    for transport in transports:
+        try:
+            rows += asyncio.run(_bench(transport, repeats))
+        except TransferError as error:
+            rows.append(Row(transport, None, "", skipped=error.message))
     return rows
+
+
+async def _bench(transport: str, repeats: int) -> list[Row]:
+    rows: list[Row] = []
+    for layout, num_bytes in BULK_BYTES.items():
+        spec = PeerSpec(transport, layout, num_bytes // LAYOUTS[layout].block_bytes)
+        rows += await _bench_bulk(spec, repeats)
+    rows += await _bench_latency(PeerSpec(transport, LATENCY_LAYOUT, max(LATENCY_SIZES.values())), 2 * repeats)
+    return rows + await _bench_overlap(PeerSpec(transport, OVERLAP_LAYOUT, OVERLAP_BLOCKS, OVERLAP_BYTES_PER_S), 3)
 
 
 async def _bench_bulk(spec: PeerSpec, repeats: int) -> list[Row]:
@@ -60,42 +67,32 @@ async def _bench_bulk(spec: PeerSpec, repeats: int) -> list[Row]:
     limit: MemoryCopy | SocketLoop = SocketLoop(num_bytes) if spec.transport == "tcp" else MemoryCopy(num_bytes)
     limit_name = "socket loop, 2 processes" if spec.transport == "tcp" else "memory copy, 1 thread"
     speeds, limit_speeds = [], []
-    async with _receiver(spec) as address:
-        agent, memory = make_agent(SENDER, spec)
-        await agent.start()
-        try:
+    try:
+        async with _pair(spec) as (agent, address):
             await handoff_s(agent, address, spec.num_blocks)  # shakes hands, maps memory, touches pages
             for _ in range(repeats):
                 limit_speeds.append(await asyncio.to_thread(limit.gb_per_s))
                 speeds.append(num_bytes / await handoff_s(agent, address, spec.num_blocks) / 1e9)
-        finally:
-            await agent.close()
-            memory.close()
-            limit.close()
+    finally:
+        limit.close()
     name = f"{spec.transport}, blocks of {spec.layout}"
     return [median_row(name, "GB/s", speeds, limit_name, limit_speeds)]
 
 
 async def _bench_latency(spec: PeerSpec, repeats: int) -> list[Row]:
     rows = []
-    async with _receiver(spec) as address:
-        agent, memory = make_agent(SENDER, spec)
-        await agent.start()
-        try:
-            await handoff_s(agent, address, spec.num_blocks)
-            bulk_s = statistics.median([await handoff_s(agent, address, spec.num_blocks) for _ in range(5)])
-            for name, num_blocks in LATENCY_SIZES.items():
-                times_ms, limits_ms = [], []
-                for _ in range(repeats):
-                    # What cannot be less: the question and its answer for the commit, and the bytes at full speed.
-                    trip_s = await round_trip_s(address, 3)
-                    limits_ms.append((trip_s + num_blocks / spec.num_blocks * bulk_s) * 1e3)
-                    times_ms.append(await handoff_s(agent, address, num_blocks) * 1e3)
-                what = f"{spec.transport}, handoff of {name}, last block computed to taken over"
-                rows.append(median_row(what, "ms", times_ms, "gRPC round trip + bytes", limits_ms))
-        finally:
-            await agent.close()
-            memory.close()
+    async with _pair(spec) as (agent, address):
+        await handoff_s(agent, address, spec.num_blocks)
+        bulk_s = statistics.median([await handoff_s(agent, address, spec.num_blocks) for _ in range(5)])
+        for name, num_blocks in LATENCY_SIZES.items():
+            times_ms, limits_ms = [], []
+            for _ in range(repeats):
+                # What cannot be less: the question and its answer for the commit, and the bytes at full speed.
+                trip_s = await round_trip_s(address, 3)
+                limits_ms.append((trip_s + num_blocks / spec.num_blocks * bulk_s) * 1e3)
+                times_ms.append(await handoff_s(agent, address, num_blocks) * 1e3)
+            what = f"{spec.transport}, handoff of {name}, last block computed to taken over"
+            rows.append(median_row(what, "ms", times_ms, "gRPC round trip + bytes", limits_ms))
     return rows
 
 
@@ -104,24 +101,18 @@ async def _bench_overlap(spec: PeerSpec, repeats: int) -> list[Row]:
     assert spec.bytes_per_s is not None
     compute_s = COMPUTE_TO_TRANSFER * spec.num_blocks * spec.block_bytes / spec.bytes_per_s
     visible_ms, whole_ms = [], []
-    async with _receiver(spec) as address:
-        agent, memory = make_agent(SENDER, spec)
-        await agent.start()
-        try:
-            await handoff_s(agent, address, 1)
-            for _ in range(repeats):
-                whole_ms.append(await handoff_s(agent, address, spec.num_blocks) * 1e3)
-                handoff = await _open(agent, address, spec.num_blocks)
-                per_chunk = spec.num_blocks // NUM_CHUNKS
-                for first in range(0, spec.num_blocks, per_chunk):
-                    await asyncio.sleep(compute_s / NUM_CHUNKS)  # another device computes
-                    handoff.blocks_ready({index: index for index in range(first, first + per_chunk)})
-                begin = time.perf_counter()
-                await handoff.commit(FirstToken(1))
-                visible_ms.append((time.perf_counter() - begin) * 1e3)
-        finally:
-            await agent.close()
-            memory.close()
+    async with _pair(spec) as (agent, address):
+        await handoff_s(agent, address, 1)
+        for _ in range(repeats):
+            whole_ms.append(await handoff_s(agent, address, spec.num_blocks) * 1e3)
+            handoff = await _open(agent, address, spec.num_blocks)
+            per_chunk = spec.num_blocks // NUM_CHUNKS
+            for first in range(0, spec.num_blocks, per_chunk):
+                await asyncio.sleep(compute_s / NUM_CHUNKS)  # another device computes
+                handoff.blocks_ready({index: index for index in range(first, first + per_chunk)})
+            begin = time.perf_counter()
+            await handoff.commit(FirstToken(1))
+            visible_ms.append((time.perf_counter() - begin) * 1e3)
     what = f"{spec.transport}, transfer seen after {NUM_CHUNKS} chunks, computing {COMPUTE_TO_TRANSFER}:1"
     return [median_row(what, "ms", visible_ms, "without overlap", whole_ms)]
 
@@ -145,6 +136,21 @@ async def _open(agent: TransferAgent, address: str, num_blocks: int) -> SenderHa
             raise error
         await asyncio.sleep(0.0005)
     return handoff
+
+
+@asynccontextmanager
+async def _pair(spec: PeerSpec) -> AsyncIterator[tuple[TransferAgent, str]]:
+    """A sender, and the address of a receiver. Raises TransferError when the transport does not work here."""
+    agent, memory = make_agent(SENDER, spec)
+    try:
+        async with _receiver(spec) as address:
+            await agent.start()
+            try:
+                yield agent, address
+            finally:
+                await agent.close()
+    finally:
+        memory.close()
 
 
 @asynccontextmanager

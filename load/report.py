@@ -21,18 +21,22 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure beside the limit or peer that was measured in the same run. ``repeats`` are the single values."""
+    """One figure beside the limit or peer that was measured in the same run. ``repeats`` are the single values.
+
+    Without a value: what could not be measured here, with the reason.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     repeats: tuple[float, ...] = ()
     limit_name: str = ""
     limit: float | None = None
+    skipped: str = ""  # why there is no value
 
     @property
     def ratio(self) -> float | None:
-        return None if not self.limit else self.value / self.limit
+        return self.value / self.limit if self.limit and self.value is not None else None
 
 
 def median_row(
@@ -64,9 +68,10 @@ def print_table(rows: Iterable[Row], env: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("what", "limit or peer in the same run") else "right")
     for row in rows:
         spread = f"{_short(min(row.repeats))} .. {_short(max(row.repeats))}" if row.repeats else ""
-        limit = "" if row.limit is None else f"{row.limit_name} {_short(row.limit)} {row.unit}"
+        limit = row.skipped if row.limit is None else f"{row.limit_name} {_short(row.limit)} {row.unit}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        table.add_row(row.name, f"{_short(row.value)} {row.unit}", spread, limit, ratio)
+        value = "skipped" if row.value is None else f"{_short(row.value)} {row.unit}"
+        table.add_row(row.name, value, spread, limit, ratio)
     console.print(table)
 
 

@@ -72,19 +72,26 @@ class Pool:
 
 
 def make_agent(identity: WorkerIdentity, spec: PeerSpec) -> tuple[TransferAgent, HostBlockMemory]:
-    """An agent with memory of its own, every page of which was written: one that was not would be the one zero page."""
+    """An agent with memory of its own, every page of which was written: one that was not would be the one zero page.
+
+    Raises TransferError when the transport does not work here.
+    """
     memory = HostBlockMemory(spec.num_blocks, spec.block_bytes)
     memory.tensor.numpy()[:] = np.random.default_rng(1).integers(0, 256, len(memory.tensor), np.uint8)
     compatibility = Compatibility("bench", LAYOUTS[spec.layout])
-    agent = TransferAgent(
-        identity,
-        compatibility,
-        memory,
-        Pool(),
-        transports=spec.transport,
-        options=TransferOptions(link_shape=LinkShape(spec.bytes_per_s) if spec.bytes_per_s else None),
-        open_channel=create_channel,
-    )
+    try:
+        agent = TransferAgent(
+            identity,
+            compatibility,
+            memory,
+            Pool(),
+            transports=spec.transport,
+            options=TransferOptions(link_shape=LinkShape(spec.bytes_per_s) if spec.bytes_per_s else None),
+            open_channel=create_channel,
+        )
+    except TransferError:
+        memory.close()
+        raise
     return agent, memory
 
 
