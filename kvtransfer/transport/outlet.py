@@ -37,9 +37,10 @@ from baton.kvtransfer.versions import WIRE_VERSIONS
 
 _log = structlog.get_logger(__name__)
 
-# Bytes of blocks in one frame: a few milliseconds on a 10 Gbit/s link, then verdicts and other handoffs get their turn; and
-# a receiver that takes them from our memory still finds them in the cache where their checksum was computed.
-_FRAME_BYTES = 4 * 1024 * 1024
+# Bytes of blocks in one frame. Inline: a few milliseconds on a 10 Gbit/s link, then verdicts and other handoffs get their
+# turn. Taken from our memory: a few milliseconds of hashing, then the receiver begins to copy.
+_INLINE_FRAME_BYTES = 4 * 1024 * 1024
+_FRAME_BYTES = 16 * 1024 * 1024
 # Bytes of blocks hashed and sent in one go of the thread. It begins small, so that the receiver soon has something to do, and
 # grows while there is more, so that handing work over to the thread and back costs little. A few milliseconds at most.
 _FIRST_GO_BYTES = 1024 * 1024
@@ -201,7 +202,8 @@ class Outlet:
         """The next frames, of at most ``max_bytes`` together. With staging one: two would wait for each other's rows."""
         block_bytes, taken = self._memory.block_bytes, []
         num_left = max(1, max_bytes // block_bytes)
-        largest = max(1, min(max_entries(self._version), self._memory.max_rows, _FRAME_BYTES // block_bytes))
+        frame_bytes = _INLINE_FRAME_BYTES if self._transport.is_inline else _FRAME_BYTES
+        largest = max(1, min(max_entries(self._version), self._memory.max_rows, frame_bytes // block_bytes))
         while self._queue and num_left > 0:
             batch = self._queue[0]
             size = min(num_left, largest)

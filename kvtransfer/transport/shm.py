@@ -25,8 +25,8 @@ from baton.kvtransfer.transport.frames import FrameKind
 
 _log = structlog.get_logger(__name__)
 
-# A batch: long enough that handing it to a thread costs little, short enough (about 1 ms) that a stop is soon done.
-_BATCH_BYTES = 4 * 1024 * 1024
+# A batch: long enough that handing it to a thread costs little, short enough (a few ms) that a stop is soon done.
+_BATCH_BYTES = 16 * 1024 * 1024
 # Batches under way, most of them waiting for a thread: enough to keep it busy while the event loop hears of the one before.
 _MAX_BATCHES = 6
 # Less than this is copied at once on the event loop: a round trip to the thread takes longer.

@@ -8,14 +8,16 @@ from concurrent.futures import Executor, Future
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
 from baton.kvtransfer.memory import HostBlockMemory
 from baton.kvtransfer.rows import Rows
+from baton.kvtransfer.transport import shm
 from baton.kvtransfer.transport.base import Arrival, Landed
 from baton.kvtransfer.transport.frames import Blocks
-from baton.kvtransfer.transport.shm import _BATCH_BYTES, _MAX_BATCHES, RowCopier
+from baton.kvtransfer.transport.shm import _MAX_BATCHES, RowCopier
 
-BLOCK = _BATCH_BYTES  # one block a batch
+BLOCK = 4096
 
 
 class ManualExecutor(Executor):
@@ -35,7 +37,11 @@ class ManualExecutor(Executor):
             work()
 
 
-async def test_a_frame_that_comes_when_all_copies_have_just_ended_is_copied_as_well() -> None:
+async def test_a_frame_that_comes_when_all_copies_have_just_ended_is_copied_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shm, "_BATCH_BYTES", BLOCK)  # one block a batch
+    monkeypatch.setattr(shm, "_INLINE_BYTES", 0)  # none on the event loop
     memory, executor, told = HostBlockMemory(_MAX_BATCHES + 1, BLOCK), ManualExecutor(), list[int]()
     data = np.random.default_rng(1).integers(0, 256, 2 * BLOCK, np.uint8)
     source = Rows(cast(Any, bytearray(data.tobytes())), 2, BLOCK)
