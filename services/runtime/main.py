@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
@@ -21,6 +22,8 @@ _T = TypeVar("_T")
 
 # Closing sockets and telling peers; a service that takes longer is cut off.
 _STOP_TIMEOUT_S = 10.0
+# What was cut off may clean up after itself; then the process ends, whatever hangs: a thread, or the event loop.
+_END_TIMEOUT_S = 20.0
 
 
 class Service(Protocol):
@@ -45,7 +48,8 @@ class Service(Protocol):
 
 def run_service(name: str, settings: Settings, make_service: Callable[[], Service]) -> int:
     """Runs a service until a signal or a failure and returns the exit status: 0 after a drain, 1 after a failure,
-    2 for settings that cannot be served, 128 + signal when a second signal cut the drain short."""
+    2 for settings that cannot be served, 128 + signal when a second signal cut the drain short. The caller ends the process
+    with it: it ends by itself soon after."""
     configure_logging(name, level=settings.log_level, log_format=settings.log_format)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -63,12 +67,13 @@ async def _run(make_service: Callable[[], Service], drain_timeout_s: float) -> i
             await _stop(service)
             _exit_now(0)
         _log.info("started")
+        status = 1
         try:
-            failed = await _serve(service, signals)
-            if failed:
-                return 1
-            return await _drain(service, signals, drain_timeout_s)
+            if not await _serve(service, signals):
+                status = await _drain(service, signals, drain_timeout_s)
+            return status
         finally:
+            _end_at_the_latest(status)
             await _stop(service)
 
 
@@ -114,6 +119,13 @@ async def _stop(service: Service) -> None:
             await service.stop()
     except Exception:
         _log.exception("stopping failed")
+
+
+def _end_at_the_latest(status: int) -> None:
+    """Whoever called for the end of this process does not wait for ever. Nothing cancels this: the process is over."""
+    timer = threading.Timer(_END_TIMEOUT_S, _exit_now, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 async def _unless(work: Awaitable[_T], event: asyncio.Event) -> bool:

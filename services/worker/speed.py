@@ -6,9 +6,10 @@ import time
 
 from baton.services.engine.engine import Engine
 
-# A prompt that took so long to warm up with tells the cost of a token well enough.
+# A prompt that took so long to warm up with tells the cost of a token well enough, unless it is as short as the first one.
 _LONG_ENOUGH_S = 0.05
-_FIRST_PROMPT = 2
+_TOO_LONG_S = 2.0
+_FIRST_PROMPT, _SECOND_PROMPT = 2, 32
 
 
 class Speed:
@@ -68,8 +69,10 @@ def warm_up(engine: Engine, max_num_tokens: int) -> Speed:
     speed = Speed(warm_step_s=first_s, warm_s_per_token=took_s / num_tokens, compiles=compiles)
     speed.know(num_tokens, 0)
     speed.know(0, 1)
-    while 2 * num_tokens <= max_num_tokens and (compiles or took_s < _LONG_ENOUGH_S):
-        num_tokens *= 2
+    while compiles or took_s < (_TOO_LONG_S if num_tokens == _FIRST_PROMPT else _LONG_ENOUGH_S):
+        num_tokens = 2 * num_tokens if compiles or num_tokens > _FIRST_PROMPT else _SECOND_PROMPT
+        if num_tokens > max_num_tokens:
+            break
         if compiles:
             engine.warm_up(num_tokens)
         took_s = _timed(engine, num_tokens)

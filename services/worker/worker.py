@@ -27,6 +27,11 @@ from baton.services.worker.step_loop import SchedulerT, StepEvents, StepLoop
 
 log = structlog.get_logger(__name__)
 
+# What follows a request's end takes milliseconds. A peer that does not answer learns it from the end of a lease as well.
+_SETTLE_S = 3.0
+# What peers fetch from here ends when they have it or give it up; their patience is shorter.
+_GIVE_S = 30.0
+
 
 class Worker(ABC, Generic[SchedulerT]):
     """Lives on the event loop; everything about blocks and batches happens on the step thread."""
@@ -250,16 +255,24 @@ class Worker(ABC, Generic[SchedulerT]):
     # Ending.
 
     async def drain(self) -> None:
-        """Refuses what is new and returns when nothing runs any more."""
+        """Refuses what is new and returns when nothing runs any more. How long that may take is for the caller to say; what
+        follows has its own time, so that no stuck part of it holds up the rest."""
         self.is_draining = True
         await self._emptied.wait()
         await self._settle()
-        await self.fetcher.drain()
+        try:
+            async with asyncio.timeout(_GIVE_S):
+                await self.fetcher.drain()
+        except TimeoutError:
+            log.error("blocks that a peer asked for are still held", after_s=_GIVE_S)
 
     async def _settle(self) -> None:
         """Waits for what follows a request's end: aborts that peers must hear."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        until_s = asyncio.get_running_loop().time() + _SETTLE_S
+        while self._tasks and (left_s := until_s - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(self._tasks, timeout=left_s)
+        if self._tasks:
+            log.error("not waited for any longer", tasks=sorted(task.get_name() for task in self._tasks))
 
     async def stop_requests(self) -> int:
         """Gives up what is left and returns, when the peers know, how many requests that were."""

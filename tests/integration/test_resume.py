@@ -19,7 +19,8 @@ from helpers.waiting import eventually_sync
 
 # Workers that a test stops are not replaced: they are to wake again.
 OPTIONS = ("--kv-cache-memory", "32MiB", "--dtype", "float32", "--served-model-name", "tiny")
-OPTIONS += ("--replace-unresponsive-after-s", "0")
+# Nor does a worker that is asked to leave wait for the end of its streams.
+OPTIONS += ("--replace-unresponsive-after-s", "0", "--drain-timeout-s", "0.05")
 NUM_TOKENS = 200
 PATIENCE_S = 90.0
 GREEDY = {"temperature": 0}
@@ -206,6 +207,25 @@ def test_a_decode_worker_that_is_killed_under_streams_changes_no_token(
         assert any("other_decode" in receipt["fallbacks"] for receipt in receipts)
         assert all(receipt["retries"] == len(receipt["attempts"]) - 1 for receipt in receipts)
         assert "baton_fallbacks_total" in server.get("/metrics").text
+
+
+def test_streams_that_outlast_the_grace_of_a_worker_that_is_asked_to_leave_go_on_elsewhere(
+    server: Serving, expected: dict[str, Stream]
+) -> None:
+    with healing(server):
+        long = {kind: start(server, 7, **KINDS[kind], max_tokens=400).finish() for kind in ("greedy", "seeded")}
+        streams = start_all(server, long, copies=4)
+        streams[-1][1].wait_for(5)
+        leaving = busy(server, "decode")
+        name = next(worker["id"] for worker in server.workers() if worker["pid"] == leaving.pid)
+        num_lines = len(server.lines)
+        leaving.terminate()
+        eventually_sync(lambda: not psutil.pid_exists(leaving.pid), timeout_s=PATIENCE_S, what="its end")
+        check_all(streams, long)
+        assert any(stream.receipt["retries"] for _, stream in streams)
+        told = server.lines[num_lines:]
+        assert any("drain timed out" in line for line in told)
+        assert any(f"{name} ended with status 0" in line for line in told)
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])

@@ -9,7 +9,7 @@ import sys
 import time
 
 from baton.services.core.errors import ConfigurationError
-from baton.services.runtime import process
+from baton.services.runtime import main, process
 from baton.services.runtime.main import run_service
 from baton.services.runtime.settings import ServeSettings
 
@@ -41,6 +41,10 @@ class Scripted:
 
     async def stop(self) -> None:
         step("stop")
+        if self._mode == "stuck-loop":
+            time.sleep(3600)
+        if self._mode == "stuck-thread":
+            asyncio.get_running_loop().run_in_executor(None, time.sleep, 3600)
 
 
 def step(name: str) -> None:
@@ -50,6 +54,8 @@ def step(name: str) -> None:
 
 if __name__ == "__main__":
     process._SAME_REQUEST_S = float(os.environ.get("SAME_REQUEST_S", "0"))
+    if sys.argv[1].startswith("stuck"):
+        main._END_TIMEOUT_S = 0.5
     process.exit_cleanly_on_signals()
     process.die_with_parent()
     step(f"pid {os.getpid()}")

@@ -90,6 +90,13 @@ def test_a_drain_ends_when_its_time_is_over(run: Callable[..., Running]) -> None
     assert "drain timed out" in service.errors()
 
 
+@pytest.mark.parametrize("mode", ["stuck-loop", "stuck-thread"])
+def test_what_hangs_while_stopping_does_not_hold_the_end(run: Callable[..., Running], mode: str) -> None:
+    service = run(mode).until("started").send(signal.SIGTERM)
+    assert service.status() == 0
+    assert service.steps() == ["start", "started", "drain", "drained", "stop"]
+
+
 def test_a_signal_while_loading_does_not_wait_for_the_load(run: Callable[..., Running]) -> None:
     service = run("load").until("start").send(signal.SIGTERM)
     assert service.process.wait(timeout=10) == 0

@@ -25,6 +25,7 @@ from baton.services.runtime.bus import InProcessBus
 from baton.services.runtime.failpoints import clear_failpoints
 from baton.services.runtime.settings import WorkerSettings
 from baton.services.runtime.subjects import Subjects
+from baton.services.worker import worker as worker_module
 from baton.services.worker.environment import Environment
 from baton.services.worker.host import WorkerHost
 from baton.services.worker.watchdog import STUCK_STATUS
@@ -189,3 +190,22 @@ async def test_a_hang_in_the_very_first_step_is_noticed_like_any_other(loaded: L
     finally:
         clear_failpoints()  # the thread goes on
         await host.stop()
+
+
+async def test_a_part_that_is_stuck_does_not_hold_up_a_drain_for_ever(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(worker_module, "_GIVE_S", 0.1)
+    host = make_host(loaded)
+    await host.start()
+    worker = host.worker
+    stuck = worker.spawn(asyncio.Event().wait(), name="a peer that does not answer")
+    worker.fetcher._gave_all.clear()  # as if a peer never said that it has what it fetched
+    try:
+        await asyncio.wait_for(host.drain(), 60)
+        assert await asyncio.wait_for(host.drain_within(30.0), 60) == 0
+        assert not stuck.done()  # what else it does is its own business
+    finally:
+        stuck.cancel()
+        await asyncio.wait_for(host.stop(), 60)
