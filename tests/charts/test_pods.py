@@ -42,6 +42,32 @@ def test_the_process_accepts_its_variables(
     assert settings.drain_timeout_s == 60
 
 
+def test_times_to_detect_are_the_processes_defaults_unless_the_values_say_otherwise(render: Render) -> None:
+    variables = {
+        "BATON_PEER_TIMEOUT_S": ("peer_timeout_s", ROLES),
+        "BATON_STUCK_AFTER_S": ("stuck_after_s", ("prefill", "decode")),
+        "BATON_WORKER_WAIT_S": ("worker_wait_s", ("gateway",)),
+        "BATON_FETCH": ("fetch", ("gateway",)),
+    }
+    rendered = render({})
+    changed = render(
+        {
+            "peerTimeoutSeconds": 5,
+            "engine": {"stuckAfterSeconds": 0},
+            "gateway": {"workerWaitSeconds": 0.5, "fetch": "off"},
+        }
+    )
+    told = {name: {changed.env(role)[name] for role in roles} for name, (_, roles) in variables.items()}
+    assert list(told.values()) == [{"5"}, {"0"}, {"0.5"}, {"off"}]
+    for name, (field, roles) in variables.items():
+        for role in ROLES:
+            assert (name in rendered.env(role)) == (role in roles), (name, role)
+        for role in roles:
+            settings_class: type[Settings] = GatewaySettings if role == "gateway" else WorkerSettings
+            default = settings_class.model_fields[field].default
+            assert rendered.env(role)[name] == (default if isinstance(default, str) else f"{default:g}")
+
+
 def _in_this_process(name: str, value: Any, directory: Path) -> str:
     """A variable's value where the pod's files and the kubelet are not."""
     if name.endswith("_FILE"):

@@ -30,6 +30,10 @@ BY_SCHEMA: dict[str, tuple[dict[str, Any], str]] = {
     "unit of a size": ({"decode": {"kvCacheMemory": "20Gi"}}, "/decode/kvCacheMemory"),
     "drain longer than a process allows": ({"gateway": {"drain": {"timeoutSeconds": 7200}}}, "maximum"),
     "no time for balancers": ({"gateway": {"drain": {"preStopSeconds": 0}}}, "minimum"),
+    "a silence that no network keeps to": ({"peerTimeoutSeconds": 0.1}, "minimum"),
+    "no limit for a hang": ({"engine": {"stuckAfterSeconds": -1}}, "minimum"),
+    "a wait without end": ({"gateway": {"workerWaitSeconds": 1e6}}, "maximum"),
+    "unknown way to fetch": ({"gateway": {"fetch": "sometimes"}}, "one of 'auto', 'always', 'off'"),
     "port": ({"gateway": {"service": {"port": 80000}}}, "maximum"),
     "root": ({"security": {"runAsUser": 0}}, "minimum"),
     "token in the address": (

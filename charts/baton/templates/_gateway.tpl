@@ -11,6 +11,10 @@
   value: {{ int64 .values.maxConcurrentRequests | quote }}
 - name: BATON_REQUEST_TIMEOUT_S
   value: {{ int64 .values.requestTimeoutSeconds | quote }}
+- name: BATON_WORKER_WAIT_S
+  value: {{ .values.workerWaitSeconds | quote }}
+- name: BATON_FETCH
+  value: {{ .values.fetch | quote }}
 {{- if .values.apiKeys.existingSecret }}
 - name: BATON_API_KEY_FILE
   value: /etc/baton/api-keys/api-keys

@@ -87,6 +87,8 @@ topologySpreadConstraints:
   value: "true"
 - name: BATON_DRAIN_TIMEOUT_S
   value: {{ .values.drain.timeoutSeconds | quote }}
+- name: BATON_PEER_TIMEOUT_S
+  value: {{ .root.Values.peerTimeoutSeconds | quote }}
 - name: BATON_LOG_LEVEL
   value: {{ .root.Values.logLevel }}
 - name: BATON_LOG_FORMAT
