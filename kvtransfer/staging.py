@@ -37,6 +37,7 @@ class StagedBlockMemory:
         self.rows = Rows(mapping, num_rows_in_all, self.block_bytes)
         self._num_staging_rows = num_rows
         self._cache = kv_cache
+        self._mirror: torch.Tensor | None = None
         host = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
         self._host = host.view(kv_cache.dtype).view(num_rows, *kv_cache.shape[1:])
         self._outgoing = _RowPool(range(num_rows // 2))
@@ -44,8 +45,24 @@ class StagedBlockMemory:
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="kv-staging")
         self.max_rows = num_rows // 2
 
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return self._cache.device
+
+    def mirror(self, device_rows: torch.Tensor | None) -> None:
+        """What ``load`` gives also stands in these rows of device memory from now on: all rows as uint8. None: no more."""
+        self._mirror = None if device_rows is None else device_rows.view(self.rows.num_rows, self.block_bytes)
+
+    def store_mirrored(self, rows: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Like ``store``, from the rows of the mirror."""
+        if rows and self._canary_rows(block_ids) is None:
+            self._device_thread.submit(self._scatter, list(rows), list(block_ids), is_mirrored=True).result()
+
     async def load(self, block_ids: Sequence[int]) -> list[int]:
         if (canary := self._canary_rows(block_ids)) is not None:
+            if self._mirror is not None:
+                await asyncio.get_running_loop().run_in_executor(self._device_thread, self._mirror_rows, canary)
             return canary
         rows = await self._outgoing.take(len(block_ids))
         loop = asyncio.get_running_loop()
@@ -96,10 +113,24 @@ class StagedBlockMemory:
         gather_blocks(self._cache, self._ids(block_ids), blocks)
         for row, block in zip(rows, blocks, strict=True):
             self._host[row].copy_(block)
+        if self._mirror is not None:
+            self._mirror[self._ids(rows)] = blocks.view(len(rows), -1).view(torch.uint8)
         self._wait()
 
-    def _scatter(self, rows: list[int], block_ids: list[int]) -> None:
-        blocks = self._host[rows].to(self._cache.device)
+    def _mirror_rows(self, rows: list[int]) -> None:
+        """Rows of a canary, which were written on the host."""
+        assert self._mirror is not None
+        for row in set(rows):
+            self._mirror[row].copy_(torch.frombuffer(self.rows.row(row), dtype=torch.uint8))
+        self._wait()
+
+    def _scatter(self, rows: list[int], block_ids: list[int], is_mirrored: bool = False) -> None:
+        if is_mirrored:
+            assert self._mirror is not None
+            mirrored = self._mirror[self._ids(rows)].view(self._cache.dtype)
+            blocks = mirrored.view(len(rows), *self._cache.shape[1:])
+        else:
+            blocks = self._host[rows].to(self._cache.device)
         scatter_blocks(self._cache, self._ids(block_ids), blocks)
         self._wait()
 

@@ -115,13 +115,17 @@ class RowCopier:
         blocks = arrival.blocks.only(arrival.allowed)
         checksums = self._fetch(arrival.source, blocks.source_rows, rows)
         is_right = [ours == theirs for ours, theirs in zip(checksums, blocks.checksums, strict=True)]
-        self._memory.store(list(compress(rows, is_right)), list(compress(blocks.block_ids, is_right)))
+        self._store(list(compress(rows, is_right)), list(compress(blocks.block_ids, is_right)))
         landed = tuple(compress(zip(blocks.indices, checksums, strict=True), is_right))
         if len(landed) == len(is_right):
             return Landed(landed)
         return Landed(
             landed, tuple([index for index, right in zip(blocks.indices, is_right, strict=True) if not right])
         )
+
+    def _store(self, rows: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Brings rows of ours that were verified into their blocks."""
+        self._memory.store(rows, block_ids)
 
     def _fetch(self, source: Source, source_rows: Sequence[int], rows: Sequence[int]) -> list[int]:
         """Brings rows of the sender into ours; the checksums of our copies."""

@@ -168,9 +168,9 @@ class ModelSettings(Settings):
         "auto", description="Type of weights and KV cache."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
-    transport: Literal["auto", "shm", "tcp", "nixl"] = Field(
+    transport: Literal["auto", "shm", "tcp", "nixl", "cuda_ipc"] = Field(
         "auto",
-        description="How KV blocks travel. auto: shm on one host, tcp else, nixl where it is installed and there is RDMA.",
+        description="How KV blocks travel. auto: what works best, of cuda_ipc (GPUs of one host), shm, nixl (RDMA) and tcp.",
     )
     kv_link_mb_per_s: float | None = Field(
         None, gt=0, description="For tests: KV blocks arrive as if over a link of so many megabytes per second."

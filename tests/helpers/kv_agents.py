@@ -9,9 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import grpc.aio
 import pytest
+import torch
+from helpers.host_cuda import HostCuda
 
 from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.errors import TransferCode, TransferError
@@ -22,6 +25,8 @@ from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.protocol import HandoffLimits
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
+from baton.kvtransfer.staging import StagedBlockMemory
+from baton.kvtransfer.transport import cuda_runtime
 from baton.services.runtime.grpc import create_server
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
@@ -100,14 +105,31 @@ class Node:
     def fill(self, seed: int) -> None:
         """Random bytes in every block."""
         rng = random.Random(seed)
-        for row in range(self.memory.num_blocks):
-            self.memory.rows.row(row)[:] = rng.randbytes(self.memory.block_bytes)
+        for block_id in range(self.memory.num_blocks):
+            data = rng.randbytes(self.memory.block_bytes)
+            if isinstance(self.memory, StagedBlockMemory):
+                _bytes_of(self.memory, block_id).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            else:
+                self.memory.rows.row(block_id)[:] = data
 
     def block(self, block_id: int) -> bytes:
+        if isinstance(self.memory, StagedBlockMemory):
+            return _bytes_of(self.memory, block_id).cpu().numpy().tobytes()
         return bytes(self.memory.rows.row(block_id))
 
     def contents(self) -> list[bytes]:
         return [self.block(block_id) for block_id in range(self.memory.num_blocks)]
+
+
+def _bytes_of(memory: StagedBlockMemory, block_id: int) -> torch.Tensor:
+    return memory._cache[block_id].view(-1).view(torch.uint8)
+
+
+def make_staged_memory(num_blocks: int, layout: KVLayout = LAYOUT) -> StagedBlockMemory:
+    """A cache on the GPU where there is one, else in host memory, and rows for all of it in both directions."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = torch.zeros((num_blocks, *layout.block_shape), dtype=getattr(torch, layout.dtype), device=device)
+    return StagedBlockMemory(cache, 2 * num_blocks)
 
 
 def options(**changes: Any) -> TransferOptions:
@@ -135,12 +157,17 @@ async def running(
 ) -> AsyncIterator[Node]:
     """An agent behind a gRPC server of its own."""
     compatibility: Compatibility = agent_options.pop("compatibility", COMPATIBILITY)
-    memory: BlockMemory = agent_options.pop("memory", None) or HostBlockMemory(
-        num_blocks, compatibility.layout.block_bytes
+    is_on_device = agent_options.get("transports") == "cuda_ipc"
+    memory: BlockMemory = agent_options.pop("memory", None) or (
+        make_staged_memory(num_blocks, compatibility.layout)
+        if is_on_device
+        else HostBlockMemory(num_blocks, compatibility.layout.block_bytes)
     )
     host = Host(memory.num_blocks)
     agent_options.setdefault("options", options())
-    agent = TransferAgent(WorkerIdentity(worker_id, incarnation), compatibility, memory, host, **agent_options)
+    open_runtime = HostCuda if is_on_device and not torch.cuda.is_available() else cuda_runtime.open_runtime
+    with patch.object(cuda_runtime, "open_runtime", open_runtime):
+        agent = TransferAgent(WorkerIdentity(worker_id, incarnation), compatibility, memory, host, **agent_options)
     server = create_server()
     agent.add_to_server(server)
     port = server.add_insecure_port(address)
@@ -224,7 +251,8 @@ needs_nixl = pytest.mark.skipif(
     find_spec("nixl") is None, reason="nixl is not installed: pip install 'baton-llm[nixl]'"
 )
 
-TRANSPORTS = ["tcp", "shm", "inproc", pytest.param("nixl", marks=needs_nixl)]
+# cuda_ipc runs on a GPU where there is one, else on host memory in its place: all but CUDA itself is tried everywhere.
+TRANSPORTS = ["tcp", "shm", "inproc", "cuda_ipc", pytest.param("nixl", marks=needs_nixl)]
 
 each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 

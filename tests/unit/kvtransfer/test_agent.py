@@ -253,6 +253,6 @@ async def test_an_explicit_transport_is_honoured_or_refused_with_the_reason() ->
 
 
 async def test_an_unknown_transport_is_refused_at_start() -> None:
-    with pytest.raises(TransferError, match="'carrier-pigeon' is not one of auto, inproc, shm, nixl, tcp"):
+    with pytest.raises(TransferError, match="'carrier-pigeon' is not one of auto, inproc, cuda_ipc, shm, nixl, tcp"):
         async with running("prefill-0", transports="carrier-pigeon"):
             pass
