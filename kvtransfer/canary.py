@@ -205,6 +205,10 @@ class CanaryReceiver:
             del self._landing[landing.pair.transport.name]
             self._start_next()
 
+    def count_corrupt(self, num_blocks: int) -> None:
+        """So many blocks of a canary came with a wrong checksum."""
+        self._context.stats.corrupt_blocks += num_blocks
+
     def _shows(self, transport: str, nonce: int) -> bool:
         memory = self._context.memory
         return memory.rows.row(memory.canary_row(self._numbers[transport])) == pattern(nonce, memory.block_bytes)
@@ -243,6 +247,7 @@ class _Landing:
     def _on_ended(self, part: Landed) -> None:
         self.landed += [index for index, _ in part.landed]
         self.spoiled += [*part.corrupt, *part.broken]
+        self.receiver.count_corrupt(len(part.corrupt))
         if len(self.landed) + len(self.spoiled) >= len(set(self.blocks.indices)):
             self.receiver.ended(self)
 

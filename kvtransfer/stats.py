@@ -19,7 +19,7 @@ class TransferStats:
         default_factory=Counter
     )  # handoffs under way went on by another than this transport
     fenced: int = 0  # messages and frames refused as stale, late, unknown or not granted
-    corrupt_blocks: int = 0  # arrived with a wrong checksum
+    corrupt_blocks: int = 0  # arrived with a wrong checksum, canaries' too
     num_sending: int = 0  # handoffs open now
     num_receiving: int = 0
     num_quarantined: int = 0  # slots given up that a write can still land in, now

@@ -335,6 +335,7 @@ def _describe(known: KnownWorker) -> dict[str, object]:
         "overdue": status.overdue,
         "ledger_error": status.ledger_error,
         "fenced_total": status.fenced_total,
+        "corrupt_blocks_total": status.corrupt_blocks_total,
         "preemptions_total": status.preemptions_total,
         "wire_versions": str(_wire_versions(status.compatibility)),
         "fingerprint": status.compatibility.model_fingerprint,

@@ -245,6 +245,7 @@ class _WorkerCollector(Collector):
             ("baton_worker_preemptions", "Requests put back to make room.", "preemptions_total"),
             ("baton_worker_out_of_memory", "Engine steps that did not fit into memory.", "out_of_memory_total"),
             ("baton_worker_fenced", "Messages refused as stale, late or not granted.", "fenced_total"),
+            ("baton_worker_corrupt_blocks", "Blocks that arrived with a wrong checksum.", "corrupt_blocks_total"),
         ):
             counters = CounterMetricFamily(counter, text, labels=["worker"])
             for status in statuses:

@@ -369,6 +369,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             host_id=self._agent.host_id,
             kv_event_seq=self._announcer.kv_sequence,
             fenced_total=transfers.fenced,
+            corrupt_blocks_total=transfers.corrupt_blocks,
             kv_transfer_bytes_total=dict(transfers.bytes_received),
         )
         if worker is not None:

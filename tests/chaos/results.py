@@ -24,6 +24,8 @@ class Result:
     injected: int = 0
     fenced: int = 0
     crashes: int = 0
+    flipped: int = 0  # frames in which a bit was flipped
+    corrupt: int = 0  # blocks that workers refused for their checksum
     detection_s: float | None = None
     recovery_s: float | None = None
     clean_s: float = 0.0
@@ -56,6 +58,8 @@ class Result:
         else:
             floors = [("injected", self.injected, expect.min_injected_each)]
         problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if value < floor]
+        if expect.all_flips_detected and self.corrupt != self.flipped:
+            problems.append(f"{self.corrupt} corrupt blocks detected, {self.flipped} were flipped")
         if is_all and expect.detection_s is not None and self.detection_s is None:
             problems.append("nothing was detected")
         if expect.errors and (others := set(self.errors) - set(expect.errors)):

@@ -25,6 +25,7 @@ from baton.services.core.failpoints import parse_failpoints
 _POLL_S = 0.01
 _STEP_TIMEOUT_S = 120.0
 _SAME_AGAIN_S = 20.0  # for descriptors of connections that end by themselves
+_TOLD_AGAIN_S = 15.0  # by then every worker has said how it is
 # What a worker opens with its first requests is open before and after.
 _WARM_UP = Shape(requests=24, streams=8, prompt_tokens=(20, 120), max_tokens=(4, 12), seed=999)
 
@@ -43,6 +44,7 @@ class Run:
         self._gone: dict[str, float] = {}  # worker -> when the gateway took it for gone
         self._faulted_s: dict[str, float] = {}
         self._expected_ends: set[tuple[str, int]] = set()  # (process, pid) that we ended ourselves
+        self._failpoint_pids: dict[str, int] = {}
         self._points: dict[str, set[str]] = {}  # process -> failpoints that have rules there
 
     async def execute(self, steps: Sequence[Step]) -> Result:
@@ -51,7 +53,7 @@ class Run:
         await warm_up(cluster, self.reference, f"{self.name}-before")
         before = cluster.descriptors()
         self._pieces_before = dict(cluster.board.num_pieces)
-        fenced = await self._fenced()
+        fenced, corrupt = await self._counted("fenced_total"), await self._counted("corrupt_blocks_total")
         self.exchanges = make_exchanges(shape, asks, self.name)
         watches = [
             asyncio.create_task(work) for work in (self._watch_workers(), self._supervise(), self._measure_memory())
@@ -71,11 +73,12 @@ class Run:
         counted.add(self.result)
         self.result = counted
         self.result.injected += sum(sum(fault.done.values()) for fault in self.faults)
-        for name in list(self._points):
-            if self.cluster.processes[name].is_running:
+        for name, pid in list(self._failpoint_pids.items()):
+            process = self.cluster.processes[name]
+            if process.is_running and process.pid == pid:  # one that was started again has none, and may not listen yet
                 await self._set_failpoints(name, "on")
-        now = await self._fenced()
-        self.result.fenced += sum(number - fenced.get(incarnation, 0) for incarnation, number in now.items())
+        self.result.fenced += await self._more("fenced_total", fenced)
+        await self._count_flips(corrupt)
         await self._count_retries()
         self._measure_recovery()
         await self._count_leaks(before)
@@ -176,6 +179,7 @@ class Run:
         """Counts how often those before were reached; of a process that ended meanwhile nobody knows."""
         reached = await set_failpoints(self.cluster, name, rules)
         self.result.injected += sum(reached.get(point, 0) for point in self._points.get(name, ()))
+        self._failpoint_pids[name] = self.cluster.processes[name].pid
         self._points[name] = {rule.point for rule in parse_failpoints(rules)}
 
     def _note_probe(self, name: str, problem: str) -> None:
@@ -214,9 +218,22 @@ class Run:
 
     # Afterwards.
 
-    async def _fenced(self) -> dict[str, int]:
-        """Stale messages that were refused, by incarnation."""
-        return {worker["incarnation"]: int(worker["fenced_total"]) for worker in await self.cluster.workers()}
+    async def _count_flips(self, before: dict[str, int]) -> None:
+        """What went wrong on purpose, and what the workers say of it, which they do every now and then."""
+        flipped = sum(fault.done["flip"] for fault in self.faults)
+        until_s = time.monotonic() + _TOLD_AGAIN_S
+        while (corrupt := await self._more("corrupt_blocks_total", before)) < flipped and time.monotonic() < until_s:
+            await asyncio.sleep(0.2)
+        self.result.flipped += flipped
+        self.result.corrupt += corrupt
+
+    async def _counted(self, name: str) -> dict[str, int]:
+        """What each worker has counted, by incarnation."""
+        return {worker["incarnation"]: int(worker[name]) for worker in await self.cluster.workers()}
+
+    async def _more(self, name: str, before: dict[str, int]) -> int:
+        """How much more than before, together."""
+        return sum(number - before.get(incarnation, 0) for incarnation, number in (await self._counted(name)).items())
 
     async def _count_retries(self) -> None:
         if "gateway" in self._faulted_s:

@@ -56,6 +56,7 @@ class Criteria:
     min_fenced: int = 0  # stale messages that were refused
     max_growth: float | None = None  # private memory of any process of ours, as a factor
     growth_from: int = 0  # since so many requests had ended
+    all_flips_detected: bool = False  # as many blocks refused for their checksum as bits flipped, each in another frame
     max_crashes: int | None = None  # of workers, by themselves
 
 
