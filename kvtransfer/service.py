@@ -31,6 +31,9 @@ Probe = Callable[[WorkerIdentity, str], Awaitable[LinkReport]]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["KVTransferService"].full_name
 
+# What is said of a malformed request: it may quote a field of any length, and gRPC drops answers with more than 8 KiB of it,
+# each character counted as up to 12.
+_MAX_DETAIL_CHARS = 500
 # The answer to a reservation or a commit comes when the machine that gave it up says so; the call only backs that up.
 _GRACE_S = 2.0
 
@@ -123,7 +126,7 @@ async def _parse(parse: Callable[[Request], Parsed], request: Request, context: 
     try:
         return parse(request)
     except ValueError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:_MAX_DETAIL_CHARS])
         raise  # abort raises; this is for the type checker
 
 

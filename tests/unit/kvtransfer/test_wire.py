@@ -134,6 +134,7 @@ MALFORMED = [
     ("Handshake", "compatibility.layout.dtype", "float8", "float8"),
     ("Handshake", "compatibility.layout.num_layers", 0, "num_layers"),
     ("Handshake", "compatibility", None, "dtype"),
+    ("Handshake", "compatibility.layout.dtype", "ä" * 20_000, "dtype"),
     ("Handshake", "transports", ["tcp"] * 17, "transports"),
     ("Handshake", "shared_memory.nonce", b"short", "shared_memory.nonce"),
     ("Handshake", "shared_memory.num_bytes", 0, "shared_memory.num_bytes"),
