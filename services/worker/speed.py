@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from baton.services.engine.engine import Engine
 
@@ -57,14 +58,20 @@ class Speed:
         return max(self.warm_step_s, num_prompt_tokens * per_token_s) + decode_s if num_prompt_tokens else decode_s
 
 
-def warm_up(engine: Engine, max_num_tokens: int) -> Speed:
+def warm_up(engine: Engine, max_num_tokens: int, clock: Callable[[], float] = time.perf_counter) -> Speed:
     """Computes prompts that grow, and a token after each, so that nothing in service is the first of its kind.
 
     On a CPU until the size tells the speed; where kernels are compiled, up to a full step, so that they are.
     """
+
+    def timed(num_tokens: int) -> float:
+        started_s = clock()
+        engine.warm_up(num_tokens)
+        return clock() - started_s
+
     engine.warm_up(_FIRST_PROMPT)  # libraries load, kernels compile
     compiles = engine.device.type != "cpu"
-    num_tokens, first_s = _FIRST_PROMPT, _timed(engine, _FIRST_PROMPT)
+    num_tokens, first_s = _FIRST_PROMPT, timed(_FIRST_PROMPT)
     took_s = first_s
     speed = Speed(warm_step_s=first_s, warm_s_per_token=took_s / num_tokens, compiles=compiles)
     speed.know(num_tokens, 0)
@@ -75,16 +82,10 @@ def warm_up(engine: Engine, max_num_tokens: int) -> Speed:
             break
         if compiles:
             engine.warm_up(num_tokens)
-        took_s = _timed(engine, num_tokens)
+        took_s = timed(num_tokens)
         speed.warm_s_per_token = took_s / num_tokens
         speed.know(num_tokens, 0)
     return speed
-
-
-def _timed(engine: Engine, num_tokens: int) -> float:
-    started_s = time.perf_counter()
-    engine.warm_up(num_tokens)
-    return time.perf_counter() - started_s
 
 
 def _size(num_prompt_tokens: int, num_generating: int) -> tuple[int, int]:

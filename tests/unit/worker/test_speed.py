@@ -50,14 +50,26 @@ def test_where_kernels_are_compiled_a_size_is_known_once_it_was_computed() -> No
 
 
 def test_warming_up_leaves_no_step_unknown_and_stays_within_the_cache(loaded: LoadedModel) -> None:
-    """Tokens of a prompt cost less each than a step does: a long first prompt is not given minutes."""
     engine = Engine(loaded, num_blocks=13, block_size=16)
     speed = warm_up(engine, 13 * 16 - 1)
     for num_prompt_tokens, num_generating in ((1, 0), (2048, 0), (0, 1), (0, 64), (2048, 64)):
         expected_s = speed.expected_step_s(num_prompt_tokens, num_generating)
         assert expected_s is not None
         assert expected_s > 0.0
-    assert 0.0 < speed.warm_s_per_token < speed.warm_step_s
+
+
+def test_a_longer_prompt_tells_what_a_token_costs(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel) -> None:
+    """Tokens of a prompt cost less each than a step does: a long first prompt is not given minutes."""
+    engine, now_s = Engine(loaded, num_blocks=13, block_size=16), 0.0
+
+    def step(num_tokens: int) -> None:
+        nonlocal now_s
+        now_s += 0.01 + num_tokens * 0.0001
+
+    monkeypatch.setattr(engine, "warm_up", step)
+    speed = warm_up(engine, 13 * 16 - 1, clock=lambda: now_s)
+    assert speed.warm_step_s == pytest.approx(0.0102)
+    assert 0.0001 < speed.warm_s_per_token < 0.0002
 
 
 def test_a_cache_of_one_small_block_is_enough_to_warm_up(loaded: LoadedModel) -> None:
