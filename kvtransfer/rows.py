@@ -42,10 +42,6 @@ class Rows:
         runs = _runs([(index, index) for index in indices], longest)
         return [self._view[first * size : (first + count) * size] for first, _, count in runs]
 
-    def checksum(self, index: int) -> int:
-        """xxh3_64 of one row."""
-        return xxhash.xxh3_64_intdigest(self.row(index))
-
     def checksums(self, indices: Iterable[int]) -> list[int]:
         """xxh3_64 of each of these rows."""
         digest, view, size = xxhash.xxh3_64_intdigest, self._view, self.row_bytes

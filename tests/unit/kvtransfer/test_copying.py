@@ -51,7 +51,7 @@ async def test_a_frame_that_comes_when_all_copies_have_just_ended_is_copied_as_w
         told.extend(index for index, _ in landed.landed)
 
     def land(index: int) -> None:
-        blocks = Blocks((index,), (index,), (1,), (source.checksum(index % 2),), (index % 2,))
+        blocks = Blocks((index,), (index,), (1,), (source.checksums((index % 2,))[0],), (index % 2,))
         copier.land(Arrival(b"fence", blocks, {index}, source, lambda: None, ended))
 
     for index in range(_MAX_BATCHES):

@@ -293,7 +293,7 @@ async def test_copies_that_have_not_begun_are_not_begun_after_an_abort(monkeypat
         before = node.contents()
         connection = await peer.connect()
         for slot in grant.slots[:2]:
-            entries = [BlockEntry(slot, source.rows.checksum(1), 1)]
+            entries = [BlockEntry(slot, source.rows.checksums((1,))[0], 1)]
             await connection.send(frames.pack_blocks(FrameKind.BLOCK_REFS, handoff.digest, grant.token, entries, BLOCK))
         await eventually(lambda: memory.landing.is_set() and node.agent._context.transports["shm"]._arrivals)  # type: ignore[attr-defined]
         await peer.abort(handoff)
@@ -345,7 +345,7 @@ async def test_a_sender_that_reuses_a_block_too_early_is_caught() -> None:
     async with running("decode-0") as node, raw_peer(node) as peer:
         source = HostBlockMemory(4, BLOCK)
         source.rows.row(2)[:] = data_for(0)[0]
-        announced = source.rows.checksum(2)
+        announced = source.rows.checksums((2,))[0]
         await peer.shake_hands("shm", Offer(host_id(), source.shared))
         handoff = peer.handoff()
         grant = await peer.reserve(handoff, NAMES)

@@ -65,7 +65,7 @@ def test_rows_next_to_each_other_are_seen_as_one_piece(row_bytes: int, indices: 
 
 def test_a_source_that_changes_after_it_was_copied_does_not_change_the_checksum() -> None:
     source, target = make_rows(1, 5000, 1), make_rows(1, 5000, 2)
-    copied = source.checksum(0)
+    copied = source.checksums((0,))[0]
 
     class Reused(Rows):
         def checksums(self, indices: Iterable[int]) -> list[int]:
