@@ -65,14 +65,8 @@ def spoil(node: Node, name: str, when: Callable[[], bool] = lambda: True) -> lis
     """What lands at ``node`` by this transport has one bit flipped in it. Returns the block ids that were spoilt."""
     landing, spoilt = transport(node, name), list[int]()
     rows = node.memory.rows
-    copy_from, checksum, land = rows.copy_from, rows.checksum, landing.land
+    copy_from, land = rows.copy_from, landing.land
     is_ours = False
-
-    def flip(row: int) -> int:
-        if is_ours and when():
-            spoilt.append(row)
-            rows.row(row)[7] ^= 1
-        return checksum(row)
 
     def spoiling_land(arrival: Any) -> Any:
         nonlocal is_ours
@@ -80,8 +74,13 @@ def spoil(node: Node, name: str, when: Callable[[], bool] = lambda: True) -> lis
         return land(arrival)
 
     def spoiling_copy(source: Any, pairs: Any) -> list[int]:
-        copy_from(source, pairs)
-        return [flip(row) for _, row in pairs]
+        checksums = copy_from(source, pairs)
+        if not (is_ours and when()):
+            return checksums
+        for source_row, row in pairs:
+            spoilt.append(row)
+            rows.row(row)[7] = source.row(source_row)[7] ^ 1
+        return rows.checksums([row for _, row in pairs])
 
     landing.land = spoiling_land  # type: ignore[method-assign]
     rows.copy_from = spoiling_copy  # type: ignore[method-assign]
