@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from chaos.cluster import ChaosCluster
     from chaos.run import Run
 
+_READY_S = 10.0
 Probe = Callable[["ChaosCluster", "Run"], Awaitable[str]]
 
 
@@ -69,9 +70,11 @@ async def cached_again(cluster: ChaosCluster, run: Run) -> str:
 
 
 async def ready(cluster: ChaosCluster, run: Run) -> str:
-    """GET /ready says 200."""
-    status, body = await get(cluster.url, "/ready")
-    return "" if status == 200 else f"/ready says {status}: {body.decode()}"
+    """GET /ready says 200, ten seconds after the workers are known at the latest: the first pair has to be probed."""
+    started_s = time.monotonic()
+    while (answer := await get(cluster.url, "/ready"))[0] != 200 and time.monotonic() - started_s < _READY_S:
+        await asyncio.sleep(0.05)
+    return "" if answer[0] == 200 else f"/ready says {answer[0]}: {answer[1].decode()}"
 
 
 async def degraded(cluster: ChaosCluster, run: Run) -> str:
@@ -121,6 +124,9 @@ async def poison(cluster: ChaosCluster, run: Run) -> str:
         return f"no end; {run.result.crashes} crashes so far"
     if not answer.error or answer.finish_reasons:
         return f"it was answered with {answer.token_ids}"
+    async with asyncio.timeout(60.0):
+        while not all(process.is_running for process in cluster.processes.values()):
+            await asyncio.sleep(0.1)  # the supervisor has not started the last one again yet
     await cluster.wait_ready()
     for name in cluster.worker_names:
         await set_failpoints(cluster, name, "on")

@@ -44,7 +44,7 @@ class Result:
                 setattr(self, each.name, mine + theirs)
 
     def problems(self, expect: Criteria, *, is_all: bool = True) -> list[str]:
-        """Every criterion that is not met, in words. But one, floors are for all runs of a scenario together: ``is_all``."""
+        """Every criterion that is not met, in words. Floors are for all runs of a scenario together."""
         limits = [(name, getattr(self, name), getattr(expect, name)) for name in _COUNTS]
         limits += [(name, getattr(self, name), getattr(expect, name)) for name in _TIMES]
         limits += [("growth", self.growth, expect.max_growth), ("crashes", self.crashes, expect.max_crashes)]
@@ -53,11 +53,8 @@ class Result:
             for name, value, limit in limits
             if value is not None and limit is not None and value > limit
         ]
-        if is_all:
-            floors = [(name, getattr(self, name), getattr(expect, f"min_{name}")) for name in _FLOORS]
-        else:
-            floors = [("injected", self.injected, expect.min_injected_each)]
-        problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if value < floor]
+        floors = [(name, getattr(self, name), getattr(expect, f"min_{name}")) for name in _FLOORS]
+        problems += [f"{name} {value}, at least {floor}" for name, value, floor in floors if is_all and value < floor]
         if expect.all_flips_detected and self.corrupt != self.flipped:
             problems.append(f"{self.corrupt} corrupt blocks detected, {self.flipped} were flipped")
         if is_all and expect.detection_s is not None and self.detection_s is None:
@@ -65,6 +62,11 @@ class Result:
         if expect.errors and (others := set(self.errors) - set(expect.errors)):
             problems.append(f"errors {', '.join(sorted(others))}, expected {', '.join(expect.errors)}")
         return problems
+
+    def too_few(self, expect: Criteria) -> list[str]:
+        """The one floor that every single run has."""
+        floor = expect.min_injected_each
+        return [f"injected {self.injected}, at least {floor} in each run"] if self.injected < floor else []
 
 
 _COUNTS = ("failed", "wrong", "lost", "doubled", "leaked")

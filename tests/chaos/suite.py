@@ -53,10 +53,10 @@ class Suite:
                 break
             num_runs += 1
             total.add(result)
+            problems += [f"{name}: {problem}" for problem in result.too_few(scenario.expect)]
             if found := result.problems(scenario.expect, is_all=False):
                 say(f"{name}: {'; '.join(found)}")
                 self._keep_logs(name)
-                problems += [f"{name}: {problem}" for problem in found]
         problems += total.problems(scenario.expect)
         return Outcome(scenario, total, problems, num_runs, time.monotonic() - started_s)
 
