@@ -99,7 +99,11 @@ class WorkerDispatcher:
         try:
             while run.end is None:
                 for delta in await self._advance(run):
+                    # Only with the last one: several may come at once, and the caller may stop at one before it.
+                    if delta.finish_reason is not None and run.end is not None:
+                        self._receipts.end(run.record, run.end.outcome)
                     yield delta
+            self._receipts.end(run.record, run.end.outcome)
             if run.end.error is not None:
                 raise run.end.error
         except Exception:
@@ -108,13 +112,15 @@ class WorkerDispatcher:
         finally:
             self._runs.pop(request.request_id, None)
             self._do(run, run.ladder.on_cancel(run.own_end))
+            self._receipts.end(run.record, run.own_end)
 
     def finish(self, request: GenerationRequest, reason: str) -> None:
         """The API layer ends the request itself, at a stop string: that is its outcome, not the cancellation after it."""
         run = self._runs.get(request.request_id)
         if run is not None:
             run.own_end = reason
-            self._end(run.record, reason)
+            run.record.trace.mark(Instant.ENDED, self._clock())
+            self._receipts.end(run.record, reason)
 
     def _open(self, request: GenerationRequest) -> _Run:
         deadline_s = None if request.timeout_s is None else self._clock() + request.timeout_s
@@ -130,10 +136,6 @@ class WorkerDispatcher:
         run = self._runs[request.request_id] = _Run(request, record, ladder, deadline_s)
         self._on_start()
         return run
-
-    def _end(self, record: GenerationRecord, outcome: str) -> None:
-        record.trace.mark(Instant.ENDED, self._clock())
-        self._receipts.end(record, outcome)
 
     # Events to the ladder.
 
@@ -222,7 +224,7 @@ class WorkerDispatcher:
                     deltas.append(self._with_cached_tokens(run, delta))
                 case End():
                     run.end = command
-                    self._end(run.record, command.outcome)
+                    run.record.trace.mark(Instant.ENDED, self._clock())
         return deltas
 
     def _with_cached_tokens(self, run: _Run, delta: TokenDelta) -> TokenDelta:

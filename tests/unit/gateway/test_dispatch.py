@@ -55,6 +55,24 @@ async def test_the_api_layers_own_end_is_the_outcome_and_is_counted_once() -> No
         made.assert_done()
 
 
+async def test_the_api_layers_own_end_counts_also_when_the_last_token_came_with_the_first() -> None:
+    """A decode worker that is done before the first token arrives: all that it said comes out at once."""
+
+    def hand_over_late(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        asyncio.get_running_loop().call_later(0.1, lambda: hand_over(worker, spec))
+
+    for is_stopped, outcome in ((True, "stop"), (False, "abort")):
+        async with dispatching((hand_over_late,), (take_over,)) as (made, _, _):
+            request = made.request()
+            generation = made.dispatcher.generate(request)
+            assert (await anext(generation)).finish_reason is None
+            if is_stopped:
+                made.dispatcher.finish(request, "stop")
+            await generation.aclose()
+            assert [record.outcome for record in made.ended] == [outcome]
+            made.assert_done()
+
+
 async def test_an_error_that_another_attempt_cannot_mend_is_raised_at_once() -> None:
     def refuse(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
         worker.fail(spec, ErrorCode.CONTEXT_LENGTH_EXCEEDED, retryable=False)
