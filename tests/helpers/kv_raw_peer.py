@@ -97,9 +97,11 @@ class RawPeer:
             await connection.send(hello)
         return connection
 
-    async def commit(self, handoff: HandoffId, blocks: dict[int, bytes], names: Sequence[bytes]) -> m.PeerMessage:
+    async def commit(
+        self, handoff: HandoffId, blocks: dict[int, bytes], names: Sequence[bytes], round_: int = 1
+    ) -> m.PeerMessage:
         digest = manifest_digest((index, names[index], checksum(data)) for index, data in sorted(blocks.items()))
-        return await self.client.commit(m.Commit(handoff, digest, FIRST_TOKEN, 0, 1), 10.0)
+        return await self.client.commit(m.Commit(handoff, digest, FIRST_TOKEN, 0, round_), 10.0)
 
     async def abort(self, handoff: HandoffId) -> None:
         await self.client.abort(m.Abort(handoff, TransferCode.ABORTED, "a test"))

@@ -46,6 +46,7 @@ class WireFuzzer:
         self._old_frames: list[bytes] = []  # of handoffs that have ended
         self._is_revoked = False
         self._landed: set[int] = set()
+        self._was_cut = False  # with a connection that we close, what the receiver has not read yet is gone
 
     @property
     def num_frames(self) -> int:
@@ -74,7 +75,7 @@ class WireFuzzer:
         self._grant = await self.peer.reserve(self._handoff, self._names)
         self._data = {index: rng.randbytes(BLOCK) for index in range(len(self._names))}
         self._is_revoked = False
-        self._landed = set()
+        self._landed, self._was_cut = set(), False
 
     async def _move(self) -> None:
         name = self.rng.choice(sorted(MOVES))
@@ -91,6 +92,7 @@ class WireFuzzer:
                 await self._connection.send(frame)
                 break
             except ConnectionError:
+                self._was_cut = True
                 await self._drop()
         assert self._connection is not None
         if ending.startswith("close"):
@@ -100,6 +102,7 @@ class WireFuzzer:
             await self._drop()
             self._is_revoked = ending == "close and revoke"
         elif ending == "cut":
+            self._was_cut = True
             await self._drop()
         elif ending == "revoke":
             await self._until_gone()
@@ -128,6 +131,10 @@ class WireFuzzer:
                     self._landed |= missing.keys()
             answer = await self.peer.commit(self._handoff, self._data, self._names)
             is_whole = self._landed == self._data.keys()
+            if is_whole and self._was_cut and isinstance(answer, m.Incomplete):
+                lost = {index: self._data[index] for index in answer.missing}
+                await self._send(blocks_frame(self._handoff, self._grant, lost), "")
+                answer = await self.peer.commit(self._handoff, self._data, self._names, answer.round + 1)
             assert isinstance(answer, m.Ack if is_whole else m.Incomplete | m.Refuse), (answer, is_whole)
             if is_whole:
                 self.num_commits += 1
