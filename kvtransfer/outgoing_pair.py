@@ -24,7 +24,6 @@ from baton.kvtransfer.transport.outlet import Pushes
 _log = structlog.get_logger(__name__)
 
 _LOOKS = 8  # how often, in the time that a link may be silent, it is looked at
-_MOST_BYTES = 4 * 1024 * 1024  # of blocks that are judged together, unless one is larger: a frame's
 
 
 class PairedHandoff(Protocol):
@@ -297,8 +296,9 @@ class OutgoingPair:
 
     def _needed_s(self) -> float:
         """What the next verdict may take to come: on all that is under way, or on a frame of it."""
+        assert self._link is not None
         report, options, block_bytes = self.report, self._context.options, self._context.memory.block_bytes
-        num_bytes = max(block_bytes, min(self._watch.num_blocks * block_bytes, _MOST_BYTES))
+        num_bytes = max(block_bytes, min(self._watch.num_blocks * block_bytes, self._link.outlet.max_frame_bytes))
         bytes_per_s = min(options.min_bytes_per_s, report.gb_per_s * 1e9 / 2 or options.min_bytes_per_s)
         return 2 * report.rtt_ms / 1e3 + num_bytes / bytes_per_s
 

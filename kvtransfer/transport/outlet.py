@@ -198,12 +198,16 @@ class Outlet:
             self._pump_task = None
             self._start_pump()  # for what was pushed while the failure was told
 
+    @property
+    def max_frame_bytes(self) -> int:
+        """Of blocks in one frame, unless one is larger. They are judged together."""
+        return _INLINE_FRAME_BYTES if self._transport.is_inline else _FRAME_BYTES
+
     def _take(self, max_bytes: int) -> list[_Batch]:
         """The next frames, of at most ``max_bytes`` together. With staging one: two would wait for each other's rows."""
         block_bytes, taken = self._memory.block_bytes, []
         num_left = max(1, max_bytes // block_bytes)
-        frame_bytes = _INLINE_FRAME_BYTES if self._transport.is_inline else _FRAME_BYTES
-        largest = max(1, min(max_entries(self._version), self._memory.max_rows, frame_bytes // block_bytes))
+        largest = max(1, min(max_entries(self._version), self._memory.max_rows, self.max_frame_bytes // block_bytes))
         while self._queue and num_left > 0:
             batch = self._queue[0]
             size = min(num_left, largest)
