@@ -21,6 +21,8 @@ from helpers.waiting import eventually_sync
 OPTIONS = ("--kv-cache-memory", "32MiB", "--dtype", "float32", "--served-model-name", "tiny")
 # Nor does a worker that is asked to leave wait for the end of its streams.
 OPTIONS += ("--replace-unresponsive-after-s", "0", "--drain-timeout-s", "0.05")
+# A stream lasts a second on any machine: whoever has seen some of it finds it still under way.
+OPTIONS += ("--failpoints", "decode.step_n=delay(5)")
 NUM_TOKENS = 200
 PATIENCE_S = 90.0
 GREEDY = {"temperature": 0}
@@ -165,16 +167,10 @@ def is_ready(server: Serving) -> bool:
         return False
 
 
-def busy(server: Serving, role: str) -> psutil.Process:
-    """A worker of the role that runs something."""
-    found: list[int] = []
-
-    def look() -> bool:
-        found[:] = [w["pid"] for w in server.workers() if w["role"] == role and w["running"] and w["state"] == "ready"]
-        return bool(found)
-
-    eventually_sync(look, timeout_s=PATIENCE_S, what=f"a busy {role} worker")
-    return psutil.Process(found[0])
+def serving_worker(stream: Stream, role: str) -> psutil.Process:
+    """The worker of the role that the stream was given to, as its receipt says: the list of workers may be a second old."""
+    name = stream.receipt["attempts"][-1][role]
+    return next(psutil.Process(worker["pid"]) for worker in stream.server.workers() if worker["id"] == name)
 
 
 @contextmanager
@@ -200,8 +196,9 @@ def test_a_decode_worker_that_is_killed_under_streams_changes_no_token(
 ) -> None:
     with healing(server):
         streams = start_all(server, expected, copies=2)
-        streams[-1][1].wait_for(20)
-        busy(server, "decode").kill()
+        (_, last) = streams[-1]
+        last.wait_for(20)
+        serving_worker(last, "decode").kill()
         check_all(streams, expected)
         receipts = [stream.receipt for _, stream in streams]
         assert any("other_decode" in receipt["fallbacks"] for receipt in receipts)
@@ -215,8 +212,9 @@ def test_streams_that_outlast_the_grace_of_a_worker_that_is_asked_to_leave_go_on
     with healing(server):
         long = {kind: start(server, 7, **KINDS[kind], max_tokens=400).finish() for kind in ("greedy", "seeded")}
         streams = start_all(server, long, copies=4)
-        streams[-1][1].wait_for(5)
-        leaving = busy(server, "decode")
+        (_, last) = streams[-1]
+        last.wait_for(5)
+        leaving = serving_worker(last, "decode")
         name = next(worker["id"] for worker in server.workers() if worker["pid"] == leaving.pid)
         num_lines = len(server.lines)
         leaving.terminate()
@@ -237,8 +235,9 @@ def test_a_worker_that_is_stopped_and_woken_changes_no_token(
         (first, *_) = workers(server, role)
         streams = start_all(server, expected, copies=2)
         if role == "decode":
-            streams[0][1].wait_for(5)
-            first = busy(server, role)
+            (_, started) = streams[0]
+            started.wait_for(5)
+            first = serving_worker(started, role)
         with stopped(first):
             more = start_all(server, expected)
             check_all(streams + more, expected)
