@@ -18,6 +18,9 @@ from baton.services.engine.loader import LoadedModel
 from baton.services.gateway.worker_calls import WorkerCalls
 from baton.services.runtime.failpoints import set_failpoints
 
+# A hundred tokens last half a second on any machine: what is looked at as it runs does run.
+SLOW = "decode.step_n=delay(5)"
+
 
 @pytest.fixture
 def loaded(get_subject: Callable[[str], Subject]) -> LoadedModel:
@@ -43,7 +46,7 @@ async def until_running(cluster: Cluster, calls: WorkerCalls) -> list[dict[str, 
 
 
 async def test_the_ledger_of_a_running_worker_names_the_request(loaded: LoadedModel, key_file: Path) -> None:
-    async with run_cluster(loaded, key_file) as cluster:
+    async with run_cluster(loaded, key_file, failpoints=SLOW) as cluster:
         calls = WorkerCalls(cluster.registry)
         running = asyncio.create_task(cluster.generate(make_prompt(40), max_tokens=400, ignore_eos=True))
         rows = await until_running(cluster, calls)
@@ -62,7 +65,7 @@ async def test_the_ledger_of_a_running_worker_names_the_request(loaded: LoadedMo
 
 
 async def test_a_drain_waits_for_what_runs_and_then_nothing_is_held(loaded: LoadedModel, key_file: Path) -> None:
-    async with run_cluster(loaded, key_file, num_decode=1) as cluster:
+    async with run_cluster(loaded, key_file, num_decode=1, failpoints=SLOW) as cluster:
         calls = WorkerCalls(cluster.registry)
         running = asyncio.create_task(cluster.generate(make_prompt(40), max_tokens=100, ignore_eos=True))
         await until_running(cluster, calls)

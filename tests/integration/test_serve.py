@@ -301,7 +301,8 @@ def test_losing_nats_changes_nothing_for_requests(server: Serving, subject: Subj
 
 def test_sigterm_under_load_finishes_what_runs(subject: Subject) -> None:
     """Requests that were accepted end as if nothing had happened; then everything is gone, with status 0."""
-    with serving("--model", str(subject.path), *OPTIONS, "--mode", "colocated") as server:
+    slow = ("--failpoints", "decode.step_n=delay(5)")  # three seconds on any machine: long enough to be seen running
+    with serving("--model", str(subject.path), *OPTIONS, "--mode", "colocated", *slow) as server:
         body = {"model": "tiny", "prompt": "the code", "max_tokens": 600, "ignore_eos": True, "temperature": 0}
         answers: list[httpx.Response] = []
         threads = [
