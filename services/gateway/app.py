@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from baton.services.core.errors import BatonError, ErrorCode
-from baton.services.gateway.auth import ANONYMOUS_TENANT, OPEN_PATHS
 from baton.services.gateway.boundary import Boundary
 from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.errors import HttpRefusal, public_error
@@ -21,19 +20,10 @@ _MAX_PATH_CHARS_SHOWN = 100
 
 
 def create_app(deps: GatewayDeps) -> FastAPI:
-    """The application. Every route needs a key, where keys are set, but for those in ``OPEN_PATHS``."""
-
-    async def authenticate(request: Request) -> None:
-        # scope["path"] is what was routed; a URL put together from headers could say something else.
-        if request.scope["path"] in OPEN_PATHS:
-            request.state.tenant = ANONYMOUS_TENANT
-        else:
-            request.state.tenant = deps.authenticator.tenant(request.headers.get("authorization"))
-
+    """The application. ``Boundary`` lets nothing through to it without a key, where keys are set, but ``OPEN_PATHS``."""
     app = FastAPI(
         title="Baton",
         description="Disaggregated LLM serving, OpenAI-compatible.",
-        dependencies=[Depends(authenticate)],
         openapi_url=None,  # its route and the pages on it would be open; ours is a route like the others
     )
     app.include_router(generation_router(deps))

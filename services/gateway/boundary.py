@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import secrets
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from baton.services.core.errors import BatonError
+from baton.services.core.tenants import ANONYMOUS, Tenant
+from baton.services.gateway.auth import OPEN_PATHS
 from baton.services.gateway.deps import GatewayDeps, Refusal
 from baton.services.gateway.errors import HttpRefusal, public_error
 from baton.services.gateway.generation import SloTarget
@@ -34,10 +37,22 @@ def new_request_id() -> str:
     return secrets.token_hex(16)
 
 
-class Boundary:
-    """ASGI middleware. Gives the request its id and time of arrival, checks its headers and lets it in at the door.
+@contextmanager
+def inside(deps: GatewayDeps, tenant: Tenant) -> Iterator[None]:
+    """Held while a generation runs, from before its body is read. Raises what the door or the tenant's limits say."""
+    with deps.door.enter():
+        deps.tenants.enter(tenant, deps.wall_clock())
+        try:
+            yield
+        finally:
+            deps.tenants.leave(tenant)
 
-    Sets ``request_id`` and ``received_s`` in the scope's state, and sends the id back in every response.
+
+class Boundary:
+    """ASGI middleware. Gives the request its id and time of arrival, checks its headers and its key, and lets it in.
+
+    Sets ``request_id``, ``received_s`` and ``tenant`` in the scope's state. Sends the id back in every response, and with
+    it what is left of the tenant's limits.
     """
 
     def __init__(self, app: ASGIApp, deps: GatewayDeps) -> None:
@@ -51,6 +66,7 @@ class Boundary:
         state = scope.setdefault("state", {})
         state["received_s"] = self._deps.clock()
         state["request_id"] = new_request_id()
+        state["tenant"] = ANONYMOUS
         is_generation = scope["path"] in GENERATION_PATHS and scope["method"] == "POST"
 
         has_started = False
@@ -59,13 +75,16 @@ class Boundary:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                request_id = state["request_id"].encode("ascii")
-                message = {**message, "headers": [*message["headers"], (REQUEST_ID_HEADER.encode(), request_id)]}
+                own = [(REQUEST_ID_HEADER.encode(), state["request_id"].encode("ascii"))]
+                if is_generation:
+                    own += self._limit_headers(state["tenant"])
+                message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
         try:
             state["request_id"] = self._check(scope) or state["request_id"]
-            with self._deps.door.enter() if is_generation else nullcontext():
+            state["tenant"] = self._authenticate(scope)
+            with inside(self._deps, state["tenant"]) if is_generation else nullcontext():
                 await self._app(scope, receive, send_with_id)
         except Exception as error:
             if has_started:
@@ -87,3 +106,21 @@ class Boundary:
             raise invalid("host", "must be one host name or address, with or without a port")
         request_id = headers.get(REQUEST_ID_HEADER)
         return None if request_id is None else check_request_id(request_id)
+
+    def _authenticate(self, scope: Scope) -> Tenant:
+        """Decided by the path that is routed: a URL put together from headers could say something else."""
+        if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return ANONYMOUS
+        headers = Headers(scope=scope)
+        return self._deps.authenticator.tenant(headers.get("authorization"), headers.get("x-api-key"))
+
+    def _limit_headers(self, tenant: Tenant) -> list[tuple[bytes, bytes]]:
+        """As OpenAI's clients read them."""
+        left = self._deps.tenants.left(tenant, self._deps.wall_clock())
+        headers = []
+        for kind, limit in (("requests", "requests_per_minute"), ("tokens", "tokens_per_minute")):
+            if limit in left:
+                most = getattr(tenant.limits, limit)
+                headers.append((f"x-ratelimit-limit-{kind}".encode(), str(most).encode()))
+                headers.append((f"x-ratelimit-remaining-{kind}".encode(), str(left[limit]).encode()))
+        return headers

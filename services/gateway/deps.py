@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from baton.services.core.errors import ErrorCode
+from baton.services.core.tenants import TenantLedger
 from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.generation import Dispatcher, SloTarget
 from baton.services.gateway.limits import Door, Limits
@@ -46,6 +47,7 @@ class GatewayDeps:
     wall_clock: Callable[[], float] = time.time  # seconds since 1970; for "created"
     on_refused: Callable[[Refusal], None] = _ignore
     operations: WorkerOperations = field(default_factory=NoWorkers)
+    tenants: TenantLedger = field(default_factory=TenantLedger)
     door: Door = field(init=False)
 
     def __post_init__(self) -> None:

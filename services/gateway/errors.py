@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import orjson
@@ -31,6 +32,8 @@ _CATALOGUE: dict[ErrorCode, _Entry] = {
     ErrorCode.MODEL_NOT_FOUND: _Entry(404, "invalid_request_error"),
     ErrorCode.NOT_FOUND: _Entry(404, "invalid_request_error"),
     ErrorCode.UNAUTHENTICATED: _Entry(401, "authentication_error"),
+    ErrorCode.RATE_LIMITED: _Entry(429, "rate_limit_error"),
+    ErrorCode.QUOTA_EXCEEDED: _Entry(429, "rate_limit_error"),
     ErrorCode.OVERLOADED: _Entry(503, "overloaded_error", f"The server is at its limit of requests. {_LATER}"),
     ErrorCode.NO_WORKERS: _Entry(503, "server_error", f"No workers can take this request now. {_LATER}"),
     ErrorCode.DRAINING: _Entry(503, "server_error", f"The server is shutting down. {_LATER}"),
@@ -74,7 +77,7 @@ class PublicError:
     def response(self) -> Response:
         headers = {}
         if self.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, round(self.retry_after_s)))
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         if self.code == ErrorCode.QUARANTINED:  # OpenAI's clients try a 500 again unless told otherwise

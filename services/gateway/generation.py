@@ -8,6 +8,7 @@ from typing import Protocol
 
 from baton.services.core.lifecycle import Trace
 from baton.services.core.request import SamplingParams
+from baton.services.core.tenants import ANONYMOUS, Tenant
 from baton.services.core.token_order import TokenDelta
 
 
@@ -31,6 +32,7 @@ class GenerationRequest:
     sampling: SamplingParams
     cache_salt: str = ""
     slo: SloTarget = field(default_factory=SloTarget)
+    tenant: Tenant = ANONYMOUS
     timeout_s: float | None = None
     trace: Trace = field(default_factory=Trace)
 

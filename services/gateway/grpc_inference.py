@@ -12,7 +12,8 @@ import grpc
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason
-from baton.services.gateway.boundary import check_request_id, new_request_id
+from baton.services.core.tenants import Tenant
+from baton.services.gateway.boundary import check_request_id, inside, new_request_id
 from baton.services.gateway.chat import chat_options
 from baton.services.gateway.choice import ChoicePiece
 from baton.services.gateway.completions import completion_options
@@ -57,8 +58,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         receipt_id, slo = request.request_id or new_request_id(), SloTarget()
         received_s = self._deps.clock()
         try:
-            with self._deps.door.enter():
-                tenant = self._tenant(context)
+            tenant = self._tenant(context)
+            with inside(self._deps, tenant):
                 check_request_id(receipt_id)
                 slo = parse_slo(_metadata(context), None)
                 options = self._options(request)
@@ -71,9 +72,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._deps.on_refused(Refusal(receipt_id, error.code, slo))
             raise public_baton_error(_renamed(error, request)) from error
 
-    def _tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    def _tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
+        metadata = _metadata(context)
         try:
-            return self._deps.authenticator.tenant(_metadata(context).get("authorization"))
+            return self._deps.authenticator.tenant(metadata.get("authorization"), metadata.get("x-api-key"))
         except BatonError as error:
             raise BatonError(error.code, "A valid API key is needed: metadata 'authorization: Bearer KEY'.") from error
 

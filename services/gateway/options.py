@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from baton.services.core.request import SamplingParams
+from baton.services.core.tenants import Tenant
 from baton.services.gateway.generation import SloTarget
 from baton.services.gateway.tokenizer import ChatOptions
 
@@ -74,7 +75,7 @@ class Caller:
     """Who asks, and how the request is known. ``timeout_s`` counts from now."""
 
     receipt_id: str
-    tenant: str
+    tenant: Tenant
     received_s: float
     slo: SloTarget
     timeout_s: float | None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.request import FinishReason, SamplingParams, TokenLogprobs
+from baton.services.core.tenants import Tenant
 from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.auth import tenant_salt
 from baton.services.gateway.choice import ChoiceAssembler, ChoicePiece
@@ -44,11 +45,19 @@ class _Choice:
 class Generation:
     """A request whose prompts are tokens. ``stream`` runs it; closing that stream cancels everything."""
 
-    def __init__(self, deps: GatewayDeps, options: GenerationOptions, prompts: list[list[int]], choices: list[_Choice]):
+    def __init__(
+        self,
+        deps: GatewayDeps,
+        options: GenerationOptions,
+        tenant: Tenant,
+        prompts: list[list[int]],
+        choices: list[_Choice],
+    ):
         self.options = options
         self.prompt_token_ids = prompts
         self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
         self._deps = deps
+        self._tenant = tenant
         self._choices = choices
         self._prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...] | None] = {}
 
@@ -75,7 +84,7 @@ class Generation:
             async for delta in deltas:
                 kept = _without_tokens(delta) if choice.drops_output else delta
                 piece = self._complete(choice, assembler.feed(kept))
-                self.usage.completion_tokens += len(piece.tokens)
+                self._used(len(piece.tokens))
                 if choice.is_leader and delta.cached_tokens is not None:
                     self.usage.cached_tokens += delta.cached_tokens - cached_tokens
                     cached_tokens = delta.cached_tokens
@@ -89,6 +98,10 @@ class Generation:
         if last is None:
             raise BatonError(ErrorCode.INTERNAL, "a generation ended without a finish reason")
         yield last  # when everything is released
+
+    def _used(self, num_tokens: int) -> None:
+        self.usage.completion_tokens += num_tokens
+        self._deps.tenants.charge(self._tenant, num_tokens, self._deps.wall_clock())
 
     def _complete(self, choice: _Choice, piece: ChoicePiece) -> ChoicePiece:
         """Gives the other choices of a prompt the logprobs of the prompt, which the first one has computed."""
@@ -139,13 +152,15 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
             sampling=_sampling(options, limits[prompt_index], choice_seed(seed, number), is_leader=number == 0),
             cache_salt=tenant_salt(caller.tenant, options.cache_salt),
             slo=caller.slo,
+            tenant=caller.tenant,
             timeout_s=caller.timeout_s,
             trace=Trace(dict(trace.instants)),
         )
         is_empty = limits[prompt_index] == 0
         needs_run = not is_empty or (number == 0 and request.sampling.num_prompt_logprobs is not None)
         choices.append(_Choice(index, request, number == 0, needs_run, drops_output=is_empty))
-    return Generation(deps, options, prompts, choices)
+    deps.tenants.charge(caller.tenant, sum(map(len, prompts)), deps.wall_clock())
+    return Generation(deps, options, caller.tenant, prompts, choices)
 
 
 def _without_tokens(delta: TokenDelta) -> TokenDelta:

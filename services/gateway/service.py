@@ -38,6 +38,7 @@ from baton.services.gateway.readiness import Readiness
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.served_model import ServedModel, read_generation_config
+from baton.services.gateway.tenant_files import Ring, TenantFiles, ring_of_keys
 from baton.services.gateway.tokenizer import ModelTokenizer, load_tokenizer
 from baton.services.gateway.worker_calls import WorkerCalls
 from baton.services.runtime import grpc as runtime_grpc
@@ -51,6 +52,14 @@ from baton.services.runtime.settings import GatewaySettings
 from baton.services.runtime.subjects import Subjects
 
 log = structlog.get_logger(__name__)
+
+# What is no fault of the request: it counts as one that missed its SLO.
+_REFUSED = frozenset(
+    {
+        *(ErrorCode.OVERLOADED, ErrorCode.DRAINING, ErrorCode.NO_WORKERS),
+        *(ErrorCode.RATE_LIMITED, ErrorCode.QUOTA_EXCEEDED),
+    }
+)
 
 
 class GatewayService:
@@ -85,6 +94,7 @@ class GatewayService:
             self._registry.statuses, version=version("baton-llm"), num_waiting=lambda: dispatcher.num_waiting
         )
         self._receipts = ReceiptBook(self._on_end)
+        authenticator = self._start_authenticator()
         dispatcher = WorkerDispatcher(
             self._registry,
             self._prefix_index,
@@ -105,7 +115,7 @@ class GatewayService:
             metrics=self._render_metrics,
             workers=lambda: describe_links(self._registry, self._links, time.monotonic()),
             receipt=self._receipts.get,
-            authenticator=Authenticator(settings.api_keys()),
+            authenticator=authenticator,
             limits=Limits(
                 max_concurrent_requests=settings.max_concurrent_requests,
                 max_body_bytes=settings.max_body_size,
@@ -136,6 +146,20 @@ class GatewayService:
             created=int(time.time()),
         )
         return model, tokenizer
+
+    def _start_authenticator(self) -> Authenticator:
+        settings = self._settings
+        flags = ring_of_keys(key.get_secret_value() for key in settings.api_key)
+        files = TenantFiles(settings.api_key_file, settings.tenants_file)
+        authenticator = Authenticator(ring={**files.read(), **flags})
+
+        def use(ring: Ring) -> None:
+            authenticator.replace({**ring, **flags})
+            self._deps.tenants.keep_only(authenticator.tenants)
+
+        if authenticator.needs_key:
+            self._stack.callback(asyncio.create_task(files.watch(use), name="watch-keys").cancel)
+        return authenticator
 
     async def _start_bus(self) -> None:
         settings, stack = self._settings, self._stack
@@ -228,7 +252,7 @@ class GatewayService:
         return self._metrics.render()
 
     def _on_refused(self, refusal: Refusal) -> None:
-        if refusal.code in (ErrorCode.OVERLOADED, ErrorCode.DRAINING, ErrorCode.NO_WORKERS):
+        if refusal.code in _REFUSED:
             self._metrics.request_refused(refusal.slo.slo_class)
 
     def _on_end(self, record: GenerationRecord) -> None:

@@ -138,6 +138,16 @@ def _drain(
     return drain_worker(url, api_key, worker, timeout_s)
 
 
+@app.command("key")
+def _new_key(
+    tenant: Annotated[str, typer.Argument(help="Who the key is for.", metavar="TENANT")],
+) -> int:
+    """Make an API key: print it, once, and the entry of the tenants file that lets it in."""
+    from baton.services.local.keys import print_new_key
+
+    return print_new_key(tenant)
+
+
 def main() -> None:
     """Runs a command and exits: 0 done, 1 failed, 2 for options that cannot be used."""
     exit_cleanly_on_signals()

@@ -14,7 +14,7 @@ def banner(settings: ServeSettings, workers: Sequence[dict[str, Any]]) -> str:
     """``workers`` are rows of ``/v1/workers``."""
     host = "localhost" if is_wildcard(settings.host) else settings.host
     url = f"http://{format_address(host, settings.port)}"
-    has_keys = bool(settings.api_keys())
+    has_keys = settings.needs_key
     rows = [
         ("REST", f"{url}/v1  (OpenAI's API)   metrics {url}/metrics   workers {url}/v1/workers"),
         (

@@ -33,17 +33,18 @@ class LocalCluster:
         )
         self._directory = PrivateDirectory()
         self.directory = self._directory.path
-        api_keys = settings.api_keys()
+        own_key = secrets.token_hex(32) if settings.needs_key else None
         self._nats_token = self._directory.write_secret("nats-token", secrets.token_hex(32).encode())
         self._block_key = self._directory.write_secret("block-key", secrets.token_bytes(_BLOCK_KEY_BYTES))
-        self._api_keys = self._directory.write_secret("api-keys", "\n".join(api_keys).encode()) if api_keys else None
+        self._key_files: list[Path] = []
+        if own_key is not None:
+            api_keys = [own_key, *(key.get_secret_value() for key in settings.api_key)]
+            self._key_files = [self._directory.write_secret("api-keys", "\n".join(api_keys).encode())]
         self._argv = argv
         self.nats = NatsServer(self.directory, self._nats_token)
         self.workers: list[Child] = []
         self.gateway: Child | None = None
-        self.client = GatewayClient(
-            self.settings.host, self.settings.port, api_key=api_keys[0] if api_keys else None, timeout_s=2.0
-        )
+        self.client = GatewayClient(self.settings.host, self.settings.port, api_key=own_key, timeout_s=2.0)
 
     @property
     def worker_ids(self) -> list[str]:
@@ -88,7 +89,8 @@ class LocalCluster:
         return ChildSpec(worker_id, self._argv(command, *flags), {"OMP_NUM_THREADS": str(self.threads_per_worker)})
 
     def _gateway(self) -> ChildSpec:
-        flags = flags_for(GatewaySettings, self.settings, **self._common(), api_key_file=self._api_keys)
+        key_files = [*self._key_files, *self.settings.api_key_file]
+        flags = flags_for(GatewaySettings, self.settings, **self._common(), api_key_file=key_files)
         return ChildSpec("gateway", self._argv("gateway", *flags), {"OMP_NUM_THREADS": "1"})
 
     def _common(self) -> dict[str, object]:

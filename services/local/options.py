@@ -62,14 +62,16 @@ def add_settings_command(
 def flags_for(cls: type[Settings], source: Settings, **values: Any) -> list[str]:
     """Command line flags that give ``cls`` what ``source`` and ``values`` hold, for a child process.
 
-    Lists are left out: those that have any are secrets, which go by file.
+    Lists are left out, except those of paths: the others are secrets, which go by file.
     """
     flags: list[str] = []
     for name in cls.model_fields:
         value = values.get(name, getattr(source, name, None))
-        if value is None or isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):
+            flags += [part for path in value if isinstance(path, Path) for part in (flag_name(name), str(path))]
+        elif value is None:
             continue
-        if isinstance(value, bool):
+        elif isinstance(value, bool):
             flags.append(flag_name(name) if value else "--no-" + flag_name(name)[2:])
         else:
             flags += [flag_name(name), str(value)]

@@ -47,6 +47,7 @@ def is_wildcard(host: str) -> bool:
 
 StringList = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
 SecretList = Annotated[list[SecretStr], NoDecode, BeforeValidator(_split_commas)]
+PathList = Annotated[list[Path], NoDecode, BeforeValidator(_split_commas)]
 Size = Annotated[ByteSize, BeforeValidator(_positive_size)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 PublicPort = Annotated[int | None, Field(ge=1, le=65535)]
@@ -229,7 +230,12 @@ class GatewayOptions(Settings):
     api_key: SecretList = Field(
         [], description="Key that clients must send; may be repeated. Default: no key is needed."
     )
-    api_key_file: Path | None = Field(None, description="File with one API key per line.")
+    api_key_file: PathList = Field(
+        [], description="File with one API key per line, plain or as sha256:HEX; may be repeated. Changes are noticed."
+    )
+    tenants_file: Path | None = Field(
+        None, description="YAML file with tenants: hashed keys, weights, limits and quotas. Changes are noticed."
+    )
     max_concurrent_requests: int = Field(1024, ge=1, description="Requests at once; more are refused with 503.")
     max_body_size: Size = Field(ByteSize(16 * _MIB), description="Largest request body.")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds after which a request is given up.")
@@ -253,15 +259,20 @@ class GatewayOptions(Settings):
 
     @field_validator("api_key_file")
     @classmethod
-    def _check_key_file(cls, path: Path | None) -> Path | None:
+    def _check_key_files(cls, paths: list[Path]) -> list[Path]:
+        for path in paths:
+            _readable(path)
+        return paths
+
+    @field_validator("tenants_file")
+    @classmethod
+    def _check_tenants_file(cls, path: Path | None) -> Path | None:
         return _readable(path)
 
-    def api_keys(self) -> tuple[str, ...]:
-        """All keys, from the flags and the file. Empty: none is needed."""
-        keys = [key.get_secret_value() for key in self.api_key]
-        if self.api_key_file is not None:
-            keys += self.api_key_file.read_text(encoding="utf-8").splitlines()
-        return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients must send a key, whichever it is."""
+        return bool(self.api_key or self.api_key_file or self.tenants_file)
 
 
 class GatewaySettings(GatewayOptions, BusSettings):

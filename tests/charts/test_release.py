@@ -79,13 +79,26 @@ def test_secrets_stand_in_no_other_object(render: Render) -> None:
 
 
 def test_only_those_who_need_a_secret_have_it(render: Render) -> None:
-    rendered = render({"gateway": {"apiKeys": {"existingSecret": "keys"}}})
+    rendered = render({"gateway": {"apiKeys": {"existingSecret": "keys"}, "tenants": {"existingSecret": "tenants"}}})
     mounted = {
         role: {each["secret"]["secretName"] for each in rendered.pod_spec(role)["volumes"] if "secret" in each}
         for role in ("gateway", "prefill", "decode", "nats")
     }
     shared = {"demo-baton-block-key", "demo-baton-nats-token"}
-    assert mounted == {"gateway": {"keys"} | shared, "prefill": shared, "decode": shared, "nats": set()}
+    assert mounted == {"gateway": {"keys", "tenants"} | shared, "prefill": shared, "decode": shared, "nats": set()}
+
+
+def test_a_tenants_file_is_where_the_gateway_is_told(render: Render) -> None:
+    rendered = render({"gateway": {"tenants": {"existingSecret": "ours", "key": "k"}}})
+    spec = rendered.pod_spec("gateway")
+    (volume,) = (each for each in spec["volumes"] if each["name"] == "tenants")
+    assert volume["secret"]["items"] == [{"key": "k", "path": "tenants.yaml"}]
+    (container,) = spec["containers"]
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    (mount,) = (each for each in container["volumeMounts"] if each["name"] == "tenants")
+    assert env["BATON_TENANTS_FILE"] == f"{mount['mountPath']}/tenants.yaml"
+    assert "subPath" not in mount  # it would never change
+    assert "WARNING: no API key" not in rendered.notes
 
 
 def test_the_end_of_a_release_leaves_nothing(cluster: Cluster) -> None:

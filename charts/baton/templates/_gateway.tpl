@@ -19,4 +19,8 @@
 - name: BATON_API_KEY_FILE
   value: /etc/baton/api-keys/api-keys
 {{- end }}
+{{- if .values.tenants.existingSecret }}
+- name: BATON_TENANTS_FILE
+  value: /etc/baton/tenants/tenants.yaml
+{{- end }}
 {{- end -}}

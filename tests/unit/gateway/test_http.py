@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from helpers.gateway_api import Gateway, chat_body, completion_body, make_gateway
 
 from baton.services.core.errors import BatonError, ConfigurationError, ErrorCode
+from baton.services.core.tenants import Tenant
 from baton.services.gateway.app import create_app
 from baton.services.gateway.auth import OPEN_PATHS, Authenticator, tenant_salt
 from baton.services.gateway.errors import public_error
@@ -84,6 +85,20 @@ async def test_right_keys(key: str) -> None:
         assert (await client.get("/v1/models", headers={"authorization": f"bearer {key}"})).status_code == 200
 
 
+async def test_a_key_may_come_in_its_own_header_and_authorization_goes_before_it() -> None:
+    async with keyed_gateway().client() as client:
+        assert (await client.get("/v1/models", headers={"x-api-key": KEYS[0]})).status_code == 200
+        assert (await client.get("/v1/models", headers={"x-api-key": "no"})).status_code == 401
+        assert (await client.get("/v1/models", headers=bearer("no") | {"x-api-key": KEYS[0]})).status_code == 401
+
+
+async def test_what_does_not_exist_needs_a_key_as_well() -> None:
+    async with keyed_gateway().client() as client:
+        assert (await client.get("/v1/nothing")).status_code == 401
+        assert (await client.get("/v1/nothing", headers=bearer(KEYS[0]))).status_code == 404
+        assert (await client.options(CHAT)).status_code == 405
+
+
 @pytest.mark.parametrize(
     ("path", "headers"),
     [
@@ -112,8 +127,9 @@ async def test_a_key_is_a_tenant_and_a_tenant_has_its_own_cache() -> None:
 
 
 def test_tenant_and_salt_cannot_be_mistaken_for_each_other() -> None:
-    assert tenant_salt("", "ab/c") != tenant_salt("ab", "c")
-    assert tenant_salt("ab", "") == tenant_salt("ab", None)
+    one, other = Tenant("", "one"), Tenant("ab", "other")
+    assert tenant_salt(one, "ab/c") != tenant_salt(other, "c")
+    assert tenant_salt(other, "") == tenant_salt(other, None)
 
 
 @pytest.mark.parametrize("key", ["", "with space", "tab\t", "ü"])

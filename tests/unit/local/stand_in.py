@@ -21,6 +21,12 @@ from baton.services.runtime.settings_loader import report_problems
 DIRECTORY = Path(os.environ["STAND_IN_DIR"])
 
 
+def _accepted() -> set[str | None]:
+    """What a gateway that was given a file of keys lets in."""
+    files = [Path(sys.argv[i + 1]) for i, argument in enumerate(sys.argv) if argument == "--api-key-file"]
+    return {f"Bearer {key}" for file in files for key in file.read_text().splitlines()} or {None}
+
+
 def flag(name: str) -> str:
     return sys.argv[sys.argv.index(name) + 1]
 
@@ -39,7 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         status, body = 200, {}
         if self.path == "/v1/workers":
-            if "--api-key-file" in sys.argv and self.headers["authorization"] != "Bearer sesame":
+            if self.headers["authorization"] not in _accepted():
                 status, body = 401, {"error": {"message": "no"}}
             else:
                 body = {

@@ -200,10 +200,25 @@ def test_keys_go_by_file_and_the_users_variables_stay_with_the_supervisor(serve:
         assert "BATON_LOG_LEVEL" not in serving.environment(name)
         assert serving.flag(name, "--log-level") == "warning"
     key_file = Path(serving.flag("gateway", "--api-key-file"))
-    assert key_file.read_text().splitlines() == ["sesame", "other"]
+    own_key, *keys = key_file.read_text().splitlines()
+    assert (len(own_key), keys) == (64, ["sesame", "other"])
     assert key_file.stat().st_mode & 0o077 == 0
     assert "--api-key-file" not in serving.argv("decode-0")
     assert "authorization: Bearer $BATON_API_KEY" in serving.out()
+
+
+def test_key_files_and_tenants_go_to_the_gateway_as_they_are(serve: Callable[..., Serving], tmp_path: Path) -> None:
+    """It is the one that notices when they change. The supervisor asks it with a key of its own."""
+    keys, tenants = tmp_path / "keys", tmp_path / "tenants.yaml"
+    keys.write_text("sesame\n")
+    tenants.write_text("tenants: []\n")
+    serving = serve(api_key_file=[str(keys)], tenants_file=str(tenants)).until_ready()
+    argv = serving.argv("gateway")
+    given = [Path(argv[i + 1]) for i, argument in enumerate(argv) if argument == "--api-key-file"]
+    assert given[1:] == [keys]
+    assert len(given[0].read_text().splitlines()) == 1
+    assert serving.flag("gateway", "--tenants-file") == str(tenants)
+    assert "--tenants-file" not in serving.argv("decode-0")
 
 
 def test_colocated_mode_starts_workers_that_do_both(serve: Callable[..., Serving]) -> None:

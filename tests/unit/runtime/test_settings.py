@@ -122,14 +122,24 @@ def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sesame" not in problem
 
 
-def test_keys_come_from_flags_variable_and_file_without_doubles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("three\n\none\n")
+def test_keys_come_from_flags_variables_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("three\n")
+    other.write_text("four\n")
+    assert not load_settings(GatewaySettings, {}).needs_key
     monkeypatch.setenv("BATON_API_KEY", "one, two")
-    assert load_settings(GatewaySettings, {"api_key_file": str(keys)}).api_keys() == ("one", "two", "three")
-    assert load_settings(GatewaySettings, {"api_key": ["four"]}).api_keys() == ("four",)
+    settings = load_settings(GatewaySettings, {"api_key_file": [str(one), str(other)]})
+    assert [key.get_secret_value() for key in settings.api_key] == ["one", "two"]
+    assert settings.api_key_file == [one, other]
+    assert settings.needs_key
+    monkeypatch.delenv("BATON_API_KEY")
+    assert load_settings(GatewaySettings, {"api_key_file": str(one)}).needs_key
+    assert load_settings(GatewaySettings, {"tenants_file": str(one)}).needs_key
+    problems = problems_of(
+        GatewaySettings, {"api_key_file": [str(tmp_path / "gone")], "tenants_file": str(tmp_path / "no")}
+    )
+    assert [problem.split(":")[0] for problem in problems] == ["--api-key-file", "--tenants-file"]
+    assert all("cannot read" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(

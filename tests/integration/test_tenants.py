@@ -1,0 +1,58 @@
+"""``baton serve`` with a tenants file: who comes in, how often, and that a change of the file holds at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from helpers.oracle import make_subject
+from helpers.serving import Serving, serving
+from helpers.waiting import eventually_sync
+
+from baton.services.gateway.tenant_files import hashed
+
+OPTIONS = ("--kv-cache-memory", "16MiB", "--dtype", "float32", "--served-model-name", "tiny", "--mode", "colocated")
+PATIENCE_S = 60.0
+
+
+def write(path: Path, **tenants: dict[str, Any]) -> None:
+    """Each tenant's key is its name."""
+    entries = [{"name": name, "keys": [hashed(name)], **fields} for name, fields in tenants.items()]
+    path.write_text(yaml.safe_dump({"tenants": entries}))
+
+
+def ask(server: Serving, key: str | None) -> httpx.Response:
+    body = {"model": "tiny", "prompt": list(range(10, 60)), "max_tokens": 2, "temperature": 0}
+    return server.post("/v1/completions", body, headers={"authorization": f"Bearer {key}"} if key else {})
+
+
+def cached_tokens(response: httpx.Response) -> int:
+    return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_tenants_come_and_go_while_it_serves(tmp_path: Path) -> None:
+    subject = make_subject("qwen3", tmp_path / "model")
+    tenants = tmp_path / "tenants.yaml"
+    write(tenants, one={"requests_per_minute": 2}, other={})
+    with serving("--model", str(subject.path), *OPTIONS, "--tenants-file", str(tenants)) as server:
+        assert ask(server, None).status_code == 401
+        assert ask(server, "nobody").status_code == 401
+        assert cached_tokens(ask(server, "one")) == 0
+        assert cached_tokens(ask(server, "one")) == 48
+        refused = ask(server, "one")
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert cached_tokens(ask(server, "other")) == 0  # the same prompt, of another tenant
+        write(tenants, one={"requests_per_minute": 1000}, third={})
+        eventually_sync(lambda: ask(server, "third").status_code == 200, timeout_s=PATIENCE_S)
+        assert cached_tokens(ask(server, "one")) == 48
+        assert ask(server, "other").status_code == 401
+        tenants.write_text("tenants: []")
+        eventually_sync(
+            lambda: any("cannot be used" in line for line in server.lines), timeout_s=PATIENCE_S, what="its complaint"
+        )
+        assert ask(server, "third").status_code == 200
+        assert ask(server, None).status_code == 401
+        assert not any("Bearer third" in line or hashed("third") in line for line in server.lines)
