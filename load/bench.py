@@ -30,10 +30,17 @@ def _interference() -> list[Row]:
     return bench_interference()
 
 
+def _generator() -> list[Row]:
+    from baton.load.bench_generator import bench_generator
+
+    return bench_generator()
+
+
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "transfer": _transfer,
     "engine": _engine,
     "interference": _interference,
+    "generator": _generator,
 }
 
 

@@ -47,18 +47,22 @@ def median_row(
     return Row(name, statistics.median(repeats), unit, tuple(repeats), limit_name, limit)
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch
-
+def machine() -> dict[str, Any]:
+    """Where the figures are from."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "commit": _commit(),
     }
+
+
+def environment() -> dict[str, Any]:
+    """The machine, and the library that does the work."""
+    import torch
+
+    return {**machine(), "torch": torch.__version__}
 
 
 def print_table(rows: Iterable[Row], env: dict[str, Any]) -> None:

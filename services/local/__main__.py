@@ -10,6 +10,7 @@ import typer
 
 from baton.services.core.errors import ConfigurationError
 from baton.services.local.bundled import with_model
+from baton.services.local.late_commands import LateGroup
 from baton.services.local.options import add_settings_command
 from baton.services.runtime.net import port_problem
 from baton.services.runtime.process import bound_primitive_caches, die_with_parent, exit_cleanly_on_signals
@@ -18,6 +19,7 @@ from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, Setti
 
 app = typer.Typer(
     name="baton",
+    cls=LateGroup,
     help="Serves language models with prefill and decode on separate worker pools.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from baton.services.runtime.settings import Settings
+from baton.services.runtime.settings import OptionSet, Settings
 from baton.services.runtime.settings_loader import SettingsError, closest, flag_name, load_settings
 
-_S = TypeVar("_S", bound=Settings)
+_S = TypeVar("_S", bound=OptionSet)
 
 _UNKNOWN = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -91,7 +92,7 @@ def _unknown_options(extra: list[str], known: list[str]) -> Iterator[str]:
             follows_unknown = False
 
 
-def _parameter(cls: type[Settings], name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(cls: type[OptionSet], name: str, field: FieldInfo) -> inspect.Parameter:
     kind = field.annotation
     flag = flag_name(name)
     shown: dict[str, Any] = {
@@ -103,12 +104,12 @@ def _parameter(cls: type[Settings], name: str, field: FieldInfo) -> inspect.Para
         return _keyword(name, bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", metavar="", **shown))
     if get_origin(kind) is list:
         return _keyword(name, list[str] | None, typer.Option(flag, metavar=name.split("_")[-1].upper(), **shown))
-    return _keyword(name, str | None, typer.Option(flag, metavar=_metavar(kind), **shown))
+    return _keyword(name, str | None, typer.Option(flag, metavar=_metavar(name, kind), **shown))
 
 
-def _panel(cls: type[Settings], name: str) -> str:
+def _panel(cls: type[OptionSet], name: str) -> str:
     """The heading of the class that declares the field last."""
-    bases = (base for base in cls.__mro__ if issubclass(base, Settings))
+    bases = (base for base in cls.__mro__ if issubclass(base, OptionSet))
     return next(base.panel for base in bases if name in inspect.get_annotations(base))
 
 
@@ -118,14 +119,17 @@ def _keyword(name: str, annotation: Any, option: Any) -> inspect.Parameter:
     )
 
 
-def _metavar(kind: Any) -> str:
+def _metavar(name: str, kind: Any) -> str:
     kinds = [kind, *get_args(kind)]
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    for choice in kinds:
+        if inspect.isclass(choice) and issubclass(choice, Enum):
+            return "|".join(str(member.value) for member in choice)
     if int in kinds:
         return "N"
     if float in kinds:
-        return "SECONDS"
+        return "SECONDS" if name.endswith("_s") else "NUMBER"
     if Path in kinds:
         return "FILE"
     return "SIZE" if getattr(kind, "__name__", "") == "ByteSize" else "TEXT"

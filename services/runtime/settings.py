@@ -53,8 +53,8 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 PublicPort = Annotated[int | None, Field(ge=1, le=65535)]
 
 
-class Settings(BaseSettings):
-    """What every process has."""
+class OptionSet(BaseSettings):
+    """Options of a command. Those of our processes have ``Settings`` in common."""
 
     model_config = SettingsConfigDict(
         env_prefix="BATON_",
@@ -67,7 +67,13 @@ class Settings(BaseSettings):
     # Fields that --help does not show: one command sets them for another.
     hidden: ClassVar[frozenset[str]] = frozenset()
     # Heading above this class's own fields in --help.
-    panel: ClassVar[str] = "Process"
+    panel: ClassVar[str] = "Options"
+
+
+class Settings(OptionSet):
+    """What every process has."""
+
+    panel = "Process"
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message to log.")
     log_format: Literal["auto", "console", "json"] = Field(

@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
 from baton.services.core.errors import ConfigurationError
-from baton.services.runtime.settings import Settings
+from baton.services.runtime.settings import OptionSet
 
 # Set by a supervisor: problems go into this file, so that it can say once what several children would all say.
 PROBLEM_FILE_VARIABLE = "BATON_PROBLEM_FILE"
 
 EXIT_BAD_CONFIGURATION = 2
 
-_S = TypeVar("_S", bound=Settings)
+_S = TypeVar("_S", bound=OptionSet)
 
 
 class SettingsError(ConfigurationError):
@@ -100,7 +100,7 @@ def _read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
 
 
-def _describe(cls: type[Settings], details: dict[str, Any], origins: Mapping[str, str]) -> str:
+def _describe(cls: type[OptionSet], details: dict[str, Any], origins: Mapping[str, str]) -> str:
     name = str(details["loc"][0])
     origin = origins.get(name, flag_name(name))
     if details["type"] == "extra_forbidden":
