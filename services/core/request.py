@@ -48,6 +48,7 @@ class SamplingParams:
     min_tokens: int = 0
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    grammar: str | None = None  # what the output must match, in the engine's own terms
 
     @property
     def is_greedy(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -85,6 +86,8 @@ class DecodeWorker(Worker[DecodeScheduler]):
         request = expected.active.request
         expected.granted = asyncio.get_running_loop().create_future()
         try:
+            with suppress(BatonError):  # the first step that needs the grammar says what is wrong
+                await self.compiled(request)
             reservation = await self.steps.call(
                 lambda scheduler: scheduler.reserve(request, list(block_names), self._clock())
             )

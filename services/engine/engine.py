@@ -14,11 +14,13 @@ import torch
 from baton.services.core.request import Request, SamplingParams, TokenLogprobs
 from baton.services.core.scheduler.base import ScheduledRequest, StepResult
 from baton.services.engine.batch import BatchBuilder, OutputPlan, PromptRows
+from baton.services.engine.grammar import GrammarCompiler, read_tokenizer
 from baton.services.engine.kv_cache import KVCache, KVCacheShape
 from baton.services.engine.loader import LoadedModel
 from baton.services.engine.logprobs import compute_logprobs
 from baton.services.engine.progress import StepProgress
 from baton.services.engine.sampler import Sampler
+from baton.services.engine.token_masks import TokenMasks
 
 # Prompt logprobs need logits of every prompt token; this many rows at a time keep 2,000 x 150,000 floats off the heap.
 _LOGPROB_ROWS = 64
@@ -57,6 +59,8 @@ class Engine:
         self.cache = KVCache(self.shape, num_blocks, device=loaded.device, memory=memory)
         self._builder = BatchBuilder(block_size, loaded.device, trim_last_layer=trim_last_layer)
         self._sampler = Sampler()
+        self.grammars = GrammarCompiler(lambda: read_tokenizer(loaded.tokenizer_path), loaded.config.vocab_size)
+        self._masks = TokenMasks(self.grammars, loaded.config.vocab_size)
 
     @property
     def kv_cache(self) -> torch.Tensor:
@@ -76,13 +80,21 @@ class Engine:
         if not batch:
             return StepResult({}, {})
         forward_batch, plan = self._builder.build(batch)
+        pending_masks = self._masks.begin(plan.sampled)
         hidden = self.model.forward(forward_batch, self.cache)
         prompt_logprobs = {rows.request.request_id: self._prompt_logprobs(hidden, rows) for rows in plan.prompts}
         if not plan.sampled:
             return StepResult({}, prompt_logprobs)
-        tokens = self._sampler.sample(self.model.logits(_sampled_outputs(hidden, plan)), plan.sampled)
-        sampled = {request.request_id: token for request, token in zip(plan.sampled, tokens, strict=True)}
-        return StepResult(sampled, prompt_logprobs)
+        logits = self.model.logits(_sampled_outputs(hidden, plan))
+        masks = None if pending_masks is None else pending_masks.result()
+        failed = {} if masks is None else masks.failed
+        tokens = self._sampler.sample(logits, plan.sampled, masks)
+        sampled = {
+            request.request_id: token
+            for request, token in zip(plan.sampled, tokens, strict=True)
+            if request.request_id not in failed
+        }
+        return StepResult(sampled, prompt_logprobs, failed)
 
     @property
     def progress(self) -> StepProgress:

@@ -15,6 +15,7 @@ from baton import kernels
 from baton.services.core.request import Request, SampledToken
 from baton.services.engine.logprobs import compute_logprobs
 from baton.services.engine.penalties import LogitAdjuster, is_adjusted
+from baton.services.engine.token_masks import MaskedRows
 
 
 class Sampler:
@@ -25,9 +26,14 @@ class Sampler:
         self._requests: list[Request] = []  # whose parameters self._params holds
         self._params: kernels.SamplingTensors | None = None
 
-    def sample(self, logits: torch.Tensor, requests: list[Request]) -> list[SampledToken]:
-        """One token for each row of ``logits`` [len(requests), vocab_size]; ``requests[i]`` owns row i."""
-        token_ids = self._choose(logits, requests)
+    def sample(
+        self, logits: torch.Tensor, requests: list[Request], masks: MaskedRows | None = None
+    ) -> list[SampledToken]:
+        """One token for each row of ``logits`` [len(requests), vocab_size]; ``requests[i]`` owns row i.
+
+        ``masks`` come after penalties and biases and before temperature; logprobs know nothing of them.
+        """
+        token_ids = self._choose(logits, requests, masks)
         chosen = token_ids.tolist()
         reported = [i for i, request in enumerate(requests) if request.sampling.num_logprobs is not None]
         if not reported:
@@ -37,11 +43,13 @@ class Sampler:
         logprobs = dict(zip(reported, compute_logprobs(logits[rows], token_ids[rows], num_top), strict=True))
         return [SampledToken(token_id, logprobs.get(i)) for i, token_id in enumerate(chosen)]
 
-    def _choose(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, requests: list[Request], masks: MaskedRows | None) -> torch.Tensor:
         """[rows] int64. ``logits`` stay as they are: logprobs are of the unmodified distribution."""
         adjusted = [i for i, request in enumerate(requests) if is_adjusted(request)]
-        if adjusted:
+        original = logits
+        if adjusted or masks is not None:
             logits = logits.to(torch.float32, copy=True)
+        if adjusted:
             if len(adjusted) == len(requests):
                 self._adjuster.apply(logits, requests)
             else:
@@ -49,6 +57,8 @@ class Sampler:
                 part = logits[rows]
                 self._adjuster.apply(part, [requests[i] for i in adjusted])
                 logits[rows] = part
+        if masks is not None:
+            masks.apply(logits, original)
         if all(request.sampling.is_greedy for request in requests):
             return logits.argmax(dim=-1)  # the first of equals, as the kernel does
         return kernels.sample(logits.float(), self._tensors(requests, logits.device))

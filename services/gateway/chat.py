@@ -17,13 +17,12 @@ from baton.services.gateway.options import GenerationOptions
 from baton.services.gateway.prompts import parse_chat
 from baton.services.gateway.rendering import Answer, ChunkText
 from baton.services.gateway.sse import event
+from baton.services.gateway.structured_outputs import parse_grammar
 from baton.services.gateway.validation import check_range, invalid, make_options
 
 
 def chat_options(body: ChatCompletionBody, deps: GatewayDeps) -> GenerationOptions:
     """What a chat request asks for. Raises INVALID_REQUEST or MODEL_NOT_FOUND."""
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise invalid("response_format", 'must be {"type": "text"}: structured output is not supported by this server')
     if body.add_special_tokens:
         raise invalid("add_special_tokens", "is not supported here: the chat template adds them")
     check_range("top_logprobs", body.top_logprobs, 0, deps.limits.max_logprobs)
@@ -47,6 +46,7 @@ def chat_options(body: ChatCompletionBody, deps: GatewayDeps) -> GenerationOptio
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         max_tokens=body.max_completion_tokens if newer_name else body.max_tokens,
         max_tokens_param="max_completion_tokens" if newer_name else "max_tokens",
+        grammar=parse_grammar(body, deps.limits),
     )
 
 

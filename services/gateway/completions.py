@@ -18,6 +18,7 @@ from baton.services.gateway.options import GenerationOptions
 from baton.services.gateway.prompts import parse_prompts
 from baton.services.gateway.rendering import Answer, ChunkText
 from baton.services.gateway.sse import event
+from baton.services.gateway.structured_outputs import parse_grammar
 from baton.services.gateway.validation import check_range, invalid, make_options
 
 # OpenAI's default for this API.
@@ -48,6 +49,7 @@ def completion_options(
         max_tokens=body.max_tokens,
         default_max_tokens=default_max_tokens,
         echo=bool(body.echo),
+        grammar=parse_grammar(body, deps.limits),
     )
 
 

@@ -11,6 +11,7 @@ from baton.services.core.errors import ErrorCode
 from baton.services.core.tenants import TenantLedger
 from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.generation import Dispatcher, SloTarget
+from baton.services.gateway.grammar_checks import GrammarChecker
 from baton.services.gateway.limits import Door, Limits
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.tokenizer import ModelTokenizer
@@ -49,6 +50,16 @@ class GatewayDeps:
     operations: WorkerOperations = field(default_factory=NoWorkers)
     tenants: TenantLedger = field(default_factory=TenantLedger)
     door: Door = field(init=False)
+    grammars: GrammarChecker = field(init=False)
 
     def __post_init__(self) -> None:
         self.door = Door(self.limits.max_concurrent_requests)
+        self.grammars = GrammarChecker(self._grammar_settings)
+
+    def _grammar_settings(self) -> dict[str, object]:
+        model = self.model
+        return {
+            "tokenizer": self.tokenizer.as_json(),
+            "vocab_size": model.vocab_size,
+            "eos": sorted(model.eos_token_ids),
+        }

@@ -26,6 +26,8 @@ class Limits:
     max_stop_token_ids: int = 128
     max_logit_biases: int = 1024
     max_logprobs: int = 20
+    max_grammar_bytes: int = 256 * 1024  # of one schema, expression or grammar
+    max_schema_depth: int = 100
     request_timeout_s: float | None = 600.0
     keepalive_s: float = 15.0  # a waiting stream gets a comment after so long, so that proxies keep it open
 

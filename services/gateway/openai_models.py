@@ -64,6 +64,12 @@ class GenerationBody(_Body):
     session_id: str | None = Field(None, description="Names the conversation. 1 to 128 characters.")
     priority: int | None = Field(None, description="Accepted.")
     add_special_tokens: bool | None = Field(None, description="Default: true for text, false behind a chat template.")
+    response_format: dict[str, Any] | None = Field(
+        None, description='{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {...}}.'
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="One of json (a schema), regex, choice, grammar (Lark or llguidance), json_object."
+    )
 
 
 class ChatCompletionBody(GenerationBody):
@@ -78,7 +84,6 @@ class ChatCompletionBody(GenerationBody):
     add_generation_prompt: bool | None = Field(None, description="Default true.")
     continue_final_message: bool | None = Field(None, description="Go on with the last message instead.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="enable_thinking, thinking: booleans.")
-    response_format: dict[str, Any] | None = Field(None, description='{"type": "text"} only.')
 
 
 class CompletionBody(GenerationBody):
@@ -118,7 +123,7 @@ class DetokenizeBody(_Body):
 REFUSED = frozenset(
     {
         *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
-        *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar"),
         *("reasoning", "reasoning_effort", "include_reasoning", "thinking_token_budget"),
         *("modalities", "audio", "prediction", "web_search_options", "prompt_embeds", "mm_processor_kwargs"),
         *("chat_template", "documents", "suffix", "use_beam_search", "length_penalty", "truncate_prompt_tokens"),

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from baton.services.core.request import SamplingParams
 from baton.services.core.tenants import Tenant
 from baton.services.gateway.generation import SloTarget
+from baton.services.gateway.grammar import Grammar
 from baton.services.gateway.tokenizer import ChatOptions
 
 
@@ -60,6 +61,7 @@ class GenerationOptions:
     echo: bool = False
     prompt_logprobs: bool = False  # show them in their own field
     return_token_ids: bool = False
+    grammar: Grammar | None = None  # what each choice must match; not yet tried out
     cache_salt: str | None = None
     stream: bool = False
     include_usage: bool = False

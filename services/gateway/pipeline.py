@@ -138,6 +138,7 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
     trace.mark(Instant.ADMITTED, deps.clock())
     prompts = [await _tokenize(deps, prompt, options.prompt_param) for prompt in options.prompts]
     limits = [_max_tokens(deps, options, len(prompt)) for prompt in prompts]
+    grammar = None if options.grammar is None else await deps.grammars.check(options.grammar)
     trace.mark(Instant.TOKENIZED, deps.clock())
     base_id = f"{caller.receipt_id[:64]}.{secrets.token_hex(8)}"
     seed = secrets.randbits(64) if options.seed is None else options.seed & _MASK
@@ -149,7 +150,9 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
             receipt_id=caller.receipt_id,
             model=deps.model.name,
             prompt_token_ids=prompts[prompt_index],
-            sampling=_sampling(options, limits[prompt_index], choice_seed(seed, number), is_leader=number == 0),
+            sampling=_sampling(
+                options, limits[prompt_index], choice_seed(seed, number), grammar, is_leader=number == 0
+            ),
             cache_salt=tenant_salt(caller.tenant, options.cache_salt),
             slo=caller.slo,
             tenant=caller.tenant,
@@ -180,11 +183,17 @@ def choice_seed(seed: int, number: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def _sampling(options: GenerationOptions, max_tokens: int, seed: int, *, is_leader: bool) -> SamplingParams:
+def _sampling(
+    options: GenerationOptions, max_tokens: int, seed: int, grammar: str | None, *, is_leader: bool
+) -> SamplingParams:
     # The prompt's logprobs are the same for all of its choices, and cost the prefix cache: one choice computes them.
     num_prompt_logprobs = options.sampling.num_prompt_logprobs if is_leader else None
     return dataclasses.replace(
-        options.sampling, max_tokens=max(1, max_tokens), seed=seed, num_prompt_logprobs=num_prompt_logprobs
+        options.sampling,
+        max_tokens=max(1, max_tokens),
+        seed=seed,
+        num_prompt_logprobs=num_prompt_logprobs,
+        grammar=grammar,
     )
 
 

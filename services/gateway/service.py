@@ -124,6 +124,7 @@ class GatewayService:
             on_refused=self._on_refused,
             operations=WorkerCalls(self._registry),
         )
+        stack.callback(self._deps.grammars.close)
         await self._start_bus()
         await self._start_grpc(grpc_server)
         self._start_http(listener)

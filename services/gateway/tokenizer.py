@@ -59,6 +59,10 @@ class ModelTokenizer:
         """Whether an empty prompt is at least a begin-of-sequence token."""
         return bool(self._added_prefix or self._added_suffix)
 
+    def as_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
+        return str(self._backend.to_str())
+
     def close(self) -> None:
         """Ends the threads once they are idle."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import SamplingParams
+from baton.services.gateway.grammar import Grammar
 from baton.services.gateway.limits import Limits
 from baton.services.gateway.openai_models import REFUSED, GenerationBody
 from baton.services.gateway.options import GenerationOptions, Prompt
@@ -98,6 +99,7 @@ def make_options(
     max_tokens_param: str = "max_tokens",
     default_max_tokens: int | None = None,
     echo: bool = False,
+    grammar: Grammar | None = None,
 ) -> GenerationOptions:
     """Checks everything that chat, completions and gRPC share, and fills in the model's defaults."""
     name = model.resolve(body.model)
@@ -110,6 +112,8 @@ def make_options(
     check_range("seed", body.seed, -(2**63), 2**63 - 1)
     check_range("priority", body.priority, -(2**31), 2**31 - 1)
     check_range("prompt_logprobs", body.prompt_logprobs, 0, limits.max_logprobs)
+    if grammar is not None:
+        _check_can_end(body, model)
     stream = bool(body.stream)
     if body.prompt_logprobs is not None and stream:
         raise invalid("prompt_logprobs", "cannot be streamed")
@@ -138,11 +142,20 @@ def make_options(
         echo=echo,
         prompt_logprobs=body.prompt_logprobs is not None,
         return_token_ids=bool(body.return_token_ids),
+        grammar=grammar,
         cache_salt=body.cache_salt,
         stream=stream,
         include_usage=include_usage,
         continuous_usage=bool(usage and usage.continuous_usage_stats),
     )
+
+
+def _check_can_end(body: GenerationBody, model: ServedModel) -> None:
+    """An output under a grammar ends with the end of sequence, where the grammar is complete."""
+    if body.ignore_eos:
+        raise invalid("ignore_eos", "cannot be combined with a grammar, which says where the end is")
+    if not model.eos_token_ids:
+        raise invalid("structured_outputs", "needs a model with an end-of-sequence token")
 
 
 def _sampling(

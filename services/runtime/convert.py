@@ -13,6 +13,7 @@ from baton.services.core.router import Role
 # The limits of common.proto.
 MAX_REQUEST_ID_CHARS = 128
 MAX_LOGPROBS = 20
+MAX_GRAMMAR_BYTES = 512 * 1024
 _MAX_INT32 = 2**31 - 1  # what the sampling kernels count in
 
 _FINISH_TO_WIRE = {
@@ -74,6 +75,7 @@ def sampling_to_wire(params: SamplingParams) -> pb.SamplingParams:
         min_tokens=params.min_tokens,
         num_logprobs=params.num_logprobs,
         num_prompt_logprobs=params.num_prompt_logprobs,
+        grammar=params.grammar,
     )
 
 
@@ -95,6 +97,7 @@ def sampling_from_wire(wire: pb.SamplingParams) -> SamplingParams:
         min_tokens=wire.min_tokens,
         num_logprobs=wire.num_logprobs if wire.HasField("num_logprobs") else None,
         num_prompt_logprobs=wire.num_prompt_logprobs if wire.HasField("num_prompt_logprobs") else None,
+        grammar=wire.grammar if wire.HasField("grammar") else None,
     )
 
 
@@ -134,6 +137,8 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
     _check(all(-100.0 <= bias <= 100.0 for _, bias in params.logit_bias), "sampling.logit_bias", "-100 to 100")
     for field, count in (("num_logprobs", params.num_logprobs), ("num_prompt_logprobs", params.num_prompt_logprobs)):
         _check((count or 0) <= MAX_LOGPROBS, f"sampling.{field}", f"at most {MAX_LOGPROBS}")
+    grammar_bytes = len((params.grammar or "").encode())
+    _check(grammar_bytes <= MAX_GRAMMAR_BYTES, "sampling.grammar", f"at most {MAX_GRAMMAR_BYTES} bytes")
 
 
 def _are_known(token_ids: Iterable[int], vocab_size: int) -> bool:

@@ -119,6 +119,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._budget = QuarantineBudget(num_blocks, limits)
         engine, self._memory = await asyncio.to_thread(self._lay_out, loaded, num_blocks, shape.block_bytes)
         stack.callback(self._memory.close)
+        stack.callback(engine.grammars.close)
         pool = self._pool = (FailpointPool if settings.failpoints else BlockPool)(num_blocks, settings.block_size)
         parts = WorkerParts(
             identity=self.identity,
@@ -128,6 +129,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             namer=BlockNamer(read_block_key(settings), loaded.fingerprint),
             vocab_size=loaded.config.vocab_size,
             prefix_caching=settings.prefix_caching,
+            grammars=engine.grammars,
             clock=self._environment.clock,
             step_loop=self._environment.step_loop,
         )

@@ -11,6 +11,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.scheduler.base import SchedulerLimits
+from baton.services.engine.grammar import GrammarCompiler
 from baton.services.worker.step_loop import StepEngine, StepLoop
 
 
@@ -25,5 +26,6 @@ class WorkerParts:
     namer: BlockNamer
     vocab_size: int
     prefix_caching: bool
+    grammars: GrammarCompiler | None = None  # the engine's; None: it knows none
     clock: Callable[[], float] = time.monotonic
     step_loop: type[StepLoop[Any]] = StepLoop

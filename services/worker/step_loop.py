@@ -54,7 +54,7 @@ class StepEvents:
     granted: list[Reservation] = field(default_factory=list)
     expired: list[Request] = field(default_factory=list)
     updates: list[RequestUpdate] = field(default_factory=list)
-    failed: list[tuple[Request, str]] = field(default_factory=list)
+    failed: list[tuple[Request, BatonError]] = field(default_factory=list)
     step_s: float = 0.0
     num_prompt_tokens: int = 0
     num_sampled: int = 0
@@ -245,11 +245,19 @@ class StepLoop(Generic[SchedulerT]):
     def _record(self, step: _Step, result: StepResult) -> None:
         self._num_failed_steps = 0
         end_s = self._clock()
+        failed = [
+            (item.request, result.failed[item.request.request_id])
+            for item in step.output.scheduled
+            if item.request.request_id in result.failed
+        ]
+        for request, _ in failed:
+            self._scheduler.abort(request.request_id)
         updates = self._scheduler.update(step.output, result, end_s)
         self.tell(
             self._on_events,
             StepEvents(
                 updates=updates,
+                failed=failed,
                 step_s=end_s - step.start_s,
                 num_prompt_tokens=step.num_prompt_tokens,
                 num_sampled=len(result.sampled),
@@ -266,7 +274,8 @@ class StepLoop(Generic[SchedulerT]):
                 self._shrink(output)
                 return
         log.error("engine step failed", num_requests=len(output.scheduled), exc_info=error)
-        failed = [(item.request, f"the engine failed: {type(error).__name__}") for item in output.scheduled]
+        problem = BatonError(ErrorCode.INTERNAL, f"the engine failed: {type(error).__name__}", retryable=True)
+        failed = [(item.request, problem) for item in output.scheduled]
         for request, _ in failed:
             self._scheduler.abort(request.request_id)
         self.tell(self._on_events, StepEvents(failed=failed))
@@ -280,7 +289,8 @@ class StepLoop(Generic[SchedulerT]):
         num_left = len(output.scheduled) - 1
         log.warning("out of memory: a request is given up", request_id=youngest.request_id, num_left=num_left)
         self._scheduler.abort(youngest.request_id)
-        self.tell(self._on_events, StepEvents(failed=[(youngest, "the engine ran out of memory")]))
+        problem = BatonError(ErrorCode.INTERNAL, "the engine ran out of memory", retryable=True)
+        self.tell(self._on_events, StepEvents(failed=[(youngest, problem)]))
 
     def _distrust(self, error: Exception) -> None:
         """Not the engine: what is known of the blocks cannot be trusted any more. Calls are answered until the end."""

@@ -57,7 +57,8 @@ class Worker(ABC, Generic[SchedulerT]):
         self._active: dict[str, ActiveRequest] = {}
         self._sessions: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._fetches: dict[str, asyncio.Task[None]] = {}  # requests that wait for cached blocks before they are queued
+        # Requests that wait for cached blocks, or for their grammar, before they are queued.
+        self._preparing: dict[str, asyncio.Task[None]] = {}
         self._emptied = asyncio.Event()
         self._emptied.set()
         self.steps: StepLoop[SchedulerT] = parts.step_loop(
@@ -116,6 +117,8 @@ class Worker(ABC, Generic[SchedulerT]):
         active = ActiveRequest(session, spec.request_id, spec.attempt, request)
         self._active[active.id] = active
         self._emptied.clear()
+        if self._parts.grammars is not None and request.sampling.grammar is not None:
+            self._parts.grammars.prepare(request.sampling.grammar, request.sampling.eos_token_ids)
         return active
 
     def _check(self, spec: pb.GenerationSpec) -> Request:
@@ -165,7 +168,7 @@ class Worker(ABC, Generic[SchedulerT]):
             self.enqueue(active)
         else:
             task = self.spawn(self._fetch_and_enqueue(active, source), name=f"fetch-{active.id}")
-            self._fetches[active.id] = task
+            self._preparing[active.id] = task
 
     async def _fetch_and_enqueue(self, active: ActiveRequest, source: pb.FetchSource) -> None:
         names = self.block_names(active.request)
@@ -173,13 +176,36 @@ class Worker(ABC, Generic[SchedulerT]):
         names = names[: (active.request.num_tokens - 1) // self._parts.pool.block_size]
         key = HandoffKey(active.request_id, active.attempt)
         report = await self.fetcher.fetch(key, source, names, active.request.deadline_s)
-        del self._fetches[active.id]
+        del self._preparing[active.id]
         if report is not None:
             active.session.send([pb.RequestOutput(request_id=active.request_id, attempt=active.attempt, fetch=report)])
         self.enqueue(active)
 
+    async def compiled(self, request: Request) -> None:
+        """Returns when the request's grammar, if any, is ready to be used. Raises BatonError where it never will be."""
+        if self._parts.grammars is not None and request.sampling.grammar is not None:
+            ready = self._parts.grammars.prepare(request.sampling.grammar, request.sampling.eos_token_ids)
+            await asyncio.wrap_future(ready)
+
     def enqueue(self, active: ActiveRequest) -> None:
-        """Queues the request with the scheduler. A refusal ends it with an error output."""
+        """Queues the request with the scheduler, once its grammar is compiled. A refusal ends it with an error output."""
+        if active.request.sampling.grammar is None:
+            self._enqueue(active)
+        else:
+            task = self.spawn(self._compile_and_enqueue(active), name=f"compile-{active.id}")
+            self._preparing[active.id] = task
+
+    async def _compile_and_enqueue(self, active: ActiveRequest) -> None:
+        try:
+            await self.compiled(active.request)
+        except BatonError as error:
+            del self._preparing[active.id]
+            self.fail(active, error)
+            return
+        del self._preparing[active.id]
+        self._enqueue(active)
+
+    def _enqueue(self, active: ActiveRequest) -> None:
         # Now, not when the task begins: whoever gives the request up before that would abort what is added later.
         added = self.steps.call(lambda scheduler: scheduler.add(active.request))
         self.spawn(self._confirm(active, added), name=f"enqueue-{active.id}")
@@ -198,7 +224,7 @@ class Worker(ABC, Generic[SchedulerT]):
     def forget(self, active: ActiveRequest) -> bool:
         """Takes the request off the list. False when it was off already."""
         was_active = self._active.pop(active.id, None) is not None
-        if (fetch := self._fetches.pop(active.id, None)) is not None:
+        if (fetch := self._preparing.pop(active.id, None)) is not None:
             fetch.cancel()
         if not self._active:
             self._emptied.set()
@@ -238,8 +264,8 @@ class Worker(ABC, Generic[SchedulerT]):
             self._end_with_error(
                 request, BatonError(ErrorCode.DEADLINE_EXCEEDED, "the request's time was over before it could run")
             )
-        for request, reason in events.failed:
-            self._end_with_error(request, BatonError(ErrorCode.INTERNAL, reason, retryable=True))
+        for request, problem in events.failed:
+            self._end_with_error(request, problem)
         self.speed.observe(events.step_s, events.num_prompt_tokens, events.num_sampled, events.num_generating)
 
     def _end_with_error(self, request: Request, error: BatonError) -> None:

@@ -37,7 +37,17 @@ SEEDED = {
     "min_tokens": 150,
 }
 LOGPROBS = {"temperature": 0, "logprobs": 2}
-KINDS = {"greedy": GREEDY, "seeded": SEEDED, "logprobs": LOGPROBS}
+# Eighty tokens or so that a random model would never say.
+ROWS = {"type": "array", "minItems": 30, "maxItems": 30, "items": {"enum": [1, 22, 333]}}
+COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+SCHEMA = {"structured_outputs": {"grammar": f"start: %json {json.dumps(ROWS | COMPACT)}"}, "ignore_eos": False}
+KINDS = {
+    "greedy": GREEDY,
+    "seeded": SEEDED,
+    "logprobs": LOGPROBS,
+    "schema": SCHEMA | GREEDY,
+    "seeded schema": SCHEMA | SEEDED,
+}
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +143,9 @@ def expected(server: Serving) -> dict[str, Stream]:
     answers["stop"] = start(server, 5, **GREEDY, stop=[stop]).finish()
     assert answers["stop"].finish_reason == "stop"
     assert 20 < len(answers["stop"].tokens) < NUM_TOKENS
+    for kind in ("schema", "seeded schema"):
+        assert len(json.loads(answers[kind].text)) == 30
+        assert answers[kind].finish_reason == "stop"
     return answers
 
 

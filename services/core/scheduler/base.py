@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.services.core.errors import ConfigurationError
+from baton.services.core.errors import BatonError, ConfigurationError
 from baton.services.core.request import Request, SampledToken, TokenLogprobs
 
 
@@ -99,10 +99,14 @@ class StepResult:
     requests that ask for them, the entries that this chunk adds: a chunk [a, b) yields those of prompt tokens
     a + 1 .. b (within the prompt), and the chunk that starts at 0 begins with None for token 0; so the chunks' lists, one
     after the other, have one entry per prompt token.
+
+    ``failed`` holds scheduled requests that cannot go on, with the reason; they are aborted before the step is recorded,
+    and the others know nothing of it.
     """
 
     sampled: dict[str, SampledToken] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs | None]] = field(default_factory=dict)
+    failed: dict[str, BatonError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

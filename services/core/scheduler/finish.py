@@ -11,13 +11,15 @@ def append_token(request: Request, token_id: int, max_model_len: int) -> FinishR
     """Add a sampled token; the reason where it is the last. The caller moves the request to its end.
 
     Sets ``stop_token_id`` for a stop token; the end of sequence, unless ignored, leaves it None even if it is both.
+    Under a grammar the end of sequence is always the end: it can only be drawn where the grammar is complete.
     """
     request.token_ids.append(token_id)
     sampling = request.sampling
     num_output_tokens = request.num_output_tokens
     is_stop = token_id in sampling.stop_token_ids
     is_eos = token_id in sampling.eos_token_ids and not sampling.ignore_eos
-    if (is_stop or is_eos) and num_output_tokens >= sampling.min_tokens:
+    is_complete = is_eos and sampling.grammar is not None
+    if is_complete or ((is_stop or is_eos) and num_output_tokens >= sampling.min_tokens):
         request.stop_token_id = None if is_eos else token_id
         return FinishReason.STOP
     if num_output_tokens >= sampling.max_tokens or request.num_tokens >= max_model_len:

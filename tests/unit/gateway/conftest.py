@@ -12,9 +12,11 @@ from helpers.gateway_api import Gateway, make_gateway
 
 
 @pytest.fixture
-def gateway() -> Gateway:
+def gateway() -> Iterator[Gateway]:
     """The API over a scripted dispatcher."""
-    return make_gateway()
+    gateway = make_gateway()
+    yield gateway
+    gateway.deps.grammars.close()
 
 
 @pytest.fixture

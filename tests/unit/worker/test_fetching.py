@@ -93,7 +93,7 @@ class Setting:
             await self.worker.steps.call(lambda s: s.pool.check_integrity())
             held = counts.request or counts.transfer or counts.quarantine or moves._given or moves._taken
             fetcher = self.worker.fetcher
-            return not (held or fetcher._wanted or fetcher._taking or fetcher._giving or self.worker._fetches)
+            return not (held or fetcher._wanted or fetcher._taking or fetcher._giving or self.worker._preparing)
 
         for _ in range(1000):
             if await is_clean():
