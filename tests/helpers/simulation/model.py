@@ -20,6 +20,7 @@ from baton.kvtransfer.rows import Rows
 from baton.services.core.request import SampledToken, SamplingParams
 from baton.services.core.scheduler.base import ScheduledRequest, StepResult
 from baton.services.engine.config import ModelConfig
+from baton.services.engine.grammar import GrammarCompiler
 from baton.services.engine.loader import LoadedModel
 
 VOCABULARY = 64
@@ -125,6 +126,7 @@ class SimEngine:
     poison: set[int] = field(default_factory=set)  # a prompt with one of these tokens kills the process
     num_steps: int = 0
     on_poison: Any = None
+    grammars: GrammarCompiler = field(default_factory=lambda: GrammarCompiler(str, 0))  # nobody asks for one here
 
     def cost_s(self, batch: Sequence[ScheduledRequest]) -> float:
         num_tokens = sum(item.num_tokens for item in batch)
