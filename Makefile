@@ -47,7 +47,7 @@ demo: $(VENV)/.serve ## one question through both pools, its answer and receipt
 
 # ---- develop ---------------------------------------------------------------------------------------------------------
 
-.PHONY: setup test sim explore check fuzz bench chaos gpu-check proto clean $(CHECKS)
+.PHONY: setup test sim explore check conformance fuzz bench chaos gpu-check proto clean $(CHECKS)
 setup: $(VENV)/.dev ## make the environment with everything that developing needs
 
 # One compute thread per process: with two test processes and their children on two cores, more only wait for each other.
@@ -82,6 +82,10 @@ check-proto:
 
 check-chart:
 	$(BIN)/python charts/lint.py
+
+# Against a server of ours unless BASE_URL names another: make conformance BASE_URL=http://127.0.0.1:8000 ARGS="--model NAME --api-key K"
+conformance: $(VENV)/.dev ## what an OpenAI-compatible server has to do; BASE_URL=... for any other server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/conformance -n0 -q $(if $(BASE_URL),--base-url $(BASE_URL)) $(ARGS)
 
 fuzz: $(VENV)/.dev ## hostile frames and calls against a transfer agent; FRAMES=100000 SEED=1
 	BATON_FUZZ_FRAMES=$(FRAMES) BATON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -n0 -s -q $(ARGS)

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -33,6 +34,20 @@ structlog.configure(
 )
 
 _CHILDREN_END_S = 5.0
+# Folders whose files share a server that takes seconds to start: they are run by one test process.
+_TOGETHER = ("tests/conformance/",)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, but for the folders of ``_TOGETHER``, which count as one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFolderScheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in _TOGETHER if folder in nodeid), nodeid.split("::", 1)[0])
+
+    return LoadFolderScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from baton.services.core.tenants import ANONYMOUS, Tenant
 from baton.services.gateway.tenant_files import key_digest, ring_of_keys
 
 # What works without a key; every other path of the REST API needs one where keys are set.
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
 
 
 class Authenticator:

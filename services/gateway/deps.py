@@ -14,6 +14,7 @@ from baton.services.gateway.generation import Dispatcher, SloTarget
 from baton.services.gateway.grammar_checks import GrammarChecker
 from baton.services.gateway.limits import Door, Limits
 from baton.services.gateway.served_model import ServedModel
+from baton.services.gateway.sse import Cut
 from baton.services.gateway.tokenizer import ModelTokenizer
 from baton.services.gateway.worker_calls import NoWorkers, WorkerOperations
 
@@ -49,6 +50,7 @@ class GatewayDeps:
     on_refused: Callable[[Refusal], None] = _ignore
     operations: WorkerOperations = field(default_factory=NoWorkers)
     tenants: TenantLedger = field(default_factory=TenantLedger)
+    cut: Cut = field(default_factory=Cut)
     door: Door = field(init=False)
     grammars: GrammarChecker = field(init=False)
 

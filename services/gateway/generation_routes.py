@@ -68,6 +68,6 @@ async def _prepare(
 
 async def _answer(deps: GatewayDeps, request: Request, answer: ChatAnswer | CompletionAnswer) -> Response:
     if answer.generation.options.stream:
-        return await open_stream(request.receive, answer.chunks(), deps.limits.keepalive_s)
-    choices: Any = await unless_gone(request.receive, collect(answer.generation))
+        return await open_stream(request.receive, answer.chunks(), deps.limits.keepalive_s, deps.cut)
+    choices: Any = await unless_gone(request.receive, collect(answer.generation), deps.cut)
     return Response(answer.whole(choices), media_type="application/json")

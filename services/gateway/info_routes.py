@@ -57,6 +57,7 @@ def info_router(deps: GatewayDeps) -> APIRouter:
         return _json(receipt)
 
     @router.get("/health")
+    @router.get("/ping", include_in_schema=False)
     async def health() -> Response:
         """The process is alive."""
         return _json({"status": "ok"})

@@ -205,6 +205,7 @@ class GatewayService:
         http = _Server(config)
         self._http_task = asyncio.create_task(http.serve(sockets=[listener]), name="http")
         self._stack.push_async_callback(self._stop_http, http)
+        self._stack.callback(self._deps.cut.set)  # before the server closes connections: streams end with a word
 
     async def _stop_http(self, http: uvicorn.Server) -> None:
         http.should_exit = True

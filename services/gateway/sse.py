@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.gateway.errors import public_error
 
 T = TypeVar("T")
@@ -23,57 +25,101 @@ class ClientGoneError(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
+class Cut:
+    """Set once, when the process has no more time for what runs: it is ended with an error."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a stream tells a failure, and how it ends."""
+
+    error: Callable[[BaseException], bytes]
+    end: bytes
+
+
+def _openai_error(error: BaseException) -> bytes:
+    return b"data: " + public_error(error).body() + b"\n\n"
+
+
+OPENAI = Form(_openai_error, DONE)
+
+
 def event(data: dict[str, Any]) -> bytes:
     """One event with a JSON payload."""
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes: then ClientGoneError. The body must have been read."""
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T], cut: Cut | None = None) -> T:
+    """The result of ``work``, which is cancelled when the client goes: then ClientGoneError. The body must have been read.
+
+    Raises DRAINING where ``cut`` comes first.
+    """
     task: asyncio.Future[T] = asyncio.ensure_future(work)
-    gone = _watch(receive)
+    gone, over = _watch(receive), _watch_cut(cut)
     try:
-        await _first_of(task, gone)
+        await _first_of(task, gone, over)
         if task.done():
             return task.result()
-        raise ClientGoneError
+        raise _draining() if over.done() else ClientGoneError
     finally:
-        await _cancel(task, gone)
+        await _cancel(task, gone, over)
 
 
-async def open_stream(receive: Receive, events: AsyncGenerator[bytes, None], keepalive_s: float) -> EventStream:
+async def open_stream(
+    receive: Receive,
+    events: AsyncGenerator[bytes, None],
+    keepalive_s: float,
+    cut: Cut | None = None,
+    form: Form = OPENAI,
+) -> EventStream:
     """A response of ``events``. Waits for the first one, so that a failure before it is raised here and gets a real status.
 
     It does not wait longer than ``keepalive_s``: then the stream begins, and a failure becomes an event.
     """
     first = asyncio.ensure_future(anext(events, None))
-    gone = _watch(receive)
+    gone, over = _watch(receive), _watch_cut(cut)
     try:
-        await _first_of(first, gone, timeout_s=keepalive_s)
+        await _first_of(first, gone, over, timeout_s=keepalive_s)
         if first.done():
             first.result()
-        elif gone.done():
-            raise ClientGoneError
+        elif gone.done() or over.done():
+            raise _draining() if over.done() else ClientGoneError
     except BaseException:
         await _cancel(first)
         await events.aclose()
         raise
     finally:
-        await _cancel(gone)
-    return EventStream(first, events, keepalive_s)
+        await _cancel(gone, over)
+    return EventStream(first, events, keepalive_s, cut, form)
 
 
 class EventStream(Response):
     """Sends events as they come and a comment when there was none for ``keepalive_s``.
 
-    It always ends with ``[DONE]``, behind an error event if something failed.
+    It always ends as its form says (with ``[DONE]`` for OpenAI's), behind an error event if something failed or it was cut.
     """
 
     def __init__(
-        self, first: asyncio.Future[bytes | None], events: AsyncGenerator[bytes, None], keepalive_s: float
+        self,
+        first: asyncio.Future[bytes | None],
+        events: AsyncGenerator[bytes, None],
+        keepalive_s: float,
+        cut: Cut | None = None,
+        form: Form = OPENAI,
     ) -> None:
         super().__init__(None, headers=_HEADERS, media_type="text/event-stream")
         del self.headers["content-length"]
+        self._cut = cut
+        self._form = form
         self._first = first
         self._events = events
         self._keepalive_s = keepalive_s
@@ -87,15 +133,19 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             self._sent_s = loop.time()
             tasks += [body := asyncio.ensure_future(self._send_events(send)), gone := _watch(receive)]
-            while not body.done() and not gone.done():
+            tasks.append(over := _watch_cut(self._cut))
+            while not any(task.done() for task in (body, gone, over)):
                 left_s = self._sent_s + self._keepalive_s - loop.time()
                 if left_s <= 0:
                     if not self._is_sending:  # else the client is slow, not we
                         await self._send(send, KEEPALIVE)
                     left_s = self._keepalive_s
-                await _first_of(body, gone, timeout_s=left_s)
+                await _first_of(body, gone, over, timeout_s=left_s)
             if body.done():
                 body.result()
+            elif over.done() and not self._is_sending:
+                await _cancel(body)
+                await self._send(send, self._form.error(_draining()) + self._form.end, more_body=False)
         finally:
             await _cancel(*tasks)
             await self._events.aclose()
@@ -106,19 +156,27 @@ class EventStream(Response):
             try:
                 chunk = await upcoming
             except Exception as error:
-                await self._send(send, b"data: " + public_error(error).body() + b"\n\n")
+                await self._send(send, self._form.error(error))
                 break
             if chunk is None:
                 break
             await self._send(send, chunk)
             upcoming = anext(self._events, None)
-        await self._send(send, DONE, more_body=False)
+        await self._send(send, self._form.end, more_body=False)
 
     async def _send(self, send: Send, data: bytes, more_body: bool = True) -> None:
         self._sent_s = asyncio.get_running_loop().time()
         self._is_sending = True
         await send({"type": "http.response.body", "body": data, "more_body": more_body})
         self._is_sending = False
+
+
+def _watch_cut(cut: Cut | None) -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future() if cut is None else asyncio.ensure_future(cut.wait())
+
+
+def _draining() -> BatonError:
+    return BatonError(ErrorCode.DRAINING, "the gateway ended under the request")
 
 
 def _watch(receive: Receive) -> asyncio.Future[None]:

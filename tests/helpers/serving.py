@@ -28,16 +28,21 @@ class Serving:
     port: int
     grpc_port: int
     lines: list[str] = field(default_factory=list)  # what it wrote on both outputs
+    key: str | None = None  # sent with every request
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.key is None else {"authorization": f"Bearer {self.key}"}
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30.0, **kwargs)
+        return httpx.get(f"{self.url}{path}", timeout=30.0, **({"headers": self.headers} | kwargs))
 
     def post(self, path: str, json: Any, **kwargs: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=json, timeout=60.0, **kwargs)
+        return httpx.post(f"{self.url}{path}", json=json, timeout=60.0, **({"headers": self.headers} | kwargs))
 
     def workers(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/workers").json()["data"])
@@ -73,7 +78,7 @@ class Serving:
 @contextmanager
 def serving(*options: str, env: dict[str, str] | None = None, wait: bool = True) -> Iterator[Serving]:
     """Runs ``baton serve`` until the end of the block, and checks that no process of it is left."""
-    port, grpc_port = _free_ports(2)
+    port, grpc_port = free_ports(2)
     command = [
         sys.executable,
         "-m",
@@ -137,7 +142,8 @@ def _read(server: Serving) -> None:
         server.lines.append(line.rstrip("\n"))
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on just now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
