@@ -27,6 +27,7 @@ class Discovery:
         self._registry = registry
         self._prefix_index = prefix_index
         self._incomplete: set[str] = set()  # workers whose events were missed, until their snapshot comes
+        self._announced: dict[str, int] = {}  # sequence number of each worker's events as it last announced it
         bus.subscribe(subjects.all_workers, self._on_announcement)
         bus.subscribe(subjects.all_kv, self._on_kv_events)
         bus.on_connect(self._on_connect)
@@ -54,7 +55,14 @@ class Discovery:
             return
         if announcement.leaving or self._registry.get(worker_id) is None:
             self._incomplete.discard(worker_id)
-        elif worker_id in self._incomplete or (is_new and status.kv_event_seq):
+            self._announced.pop(worker_id, None)
+            return
+        # Nothing may follow the last message, so that nobody would notice its loss. The two subjects are not in step, so
+        # only what was announced the time before must have come by now.
+        announced = 0 if is_new else self._announced.get(worker_id, 0)
+        is_behind = self._prefix_index.sequence(worker_id, status.identity.incarnation) < announced
+        self._announced[worker_id] = status.kv_event_seq
+        if worker_id in self._incomplete or is_behind or (is_new and status.kv_event_seq):
             self._ask_for_snapshot(worker_id)  # again, where the last question or its answer was lost
 
     def _on_kv_events(self, subject: str, payload: bytes) -> None:

@@ -127,6 +127,19 @@ async def test_a_gap_is_mended_by_a_snapshot_and_asked_for_until_it_comes(heard:
     assert heard.snapshots_asked == 2
 
 
+async def test_a_lost_message_that_nothing_follows_is_noticed_by_the_second_announcement_after_it(heard: Heard) -> None:
+    await heard.announce()
+    await heard.events(1, (1,))
+    await heard.announce(kv_event_seq=2)  # the second message may still be on its way
+    assert heard.snapshots_asked == 0
+    await heard.announce(kv_event_seq=2)
+    assert heard.snapshots_asked == 1
+    await heard.events(3, (1, 2), snapshot=True)
+    await heard.announce(kv_event_seq=3)
+    await heard.announce(kv_event_seq=3)
+    assert (heard.snapshots_asked, heard.holds(1, 2)) == (1, True)
+
+
 async def test_a_worker_that_was_there_before_the_gateway_is_asked_what_it_holds(heard: Heard) -> None:
     await heard.announce(kv_event_seq=7)
     assert heard.snapshots_asked == 1
