@@ -36,11 +36,18 @@ def _generator() -> list[Row]:
     return bench_generator()
 
 
+def _router() -> list[Row]:
+    from baton.load.bench_router import bench_router
+
+    return bench_router()
+
+
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "transfer": _transfer,
     "engine": _engine,
     "interference": _interference,
     "generator": _generator,
+    "router": _router,
 }
 
 

@@ -44,6 +44,10 @@ class Breaker:
         self._open_s = self._limits.open_s
         self._try_ends_s = 0.0  # until when a try is under way
 
+    @property
+    def is_closed(self) -> bool:
+        return self._open_until_s is None
+
     def state(self, now: float) -> BreakerState:
         if self._open_until_s is None:
             return BreakerState.CLOSED

@@ -10,10 +10,10 @@ failure of any cause: a fetch that fails has cost a request its patience, and wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from baton.services.core.breaker import Breaker, BreakerLimits
 from baton.services.core.cost_model import LinkCost
@@ -34,8 +34,7 @@ _LINK_CAUSES = frozenset({"checksum", "peer_lost", "incomplete", "digest_mismatc
 _MIN_BYTES_PER_S, _MAX_BYTES_PER_S = 1e6, 1e12
 
 
-@dataclass(frozen=True, slots=True)
-class PairKey:
+class PairKey(NamedTuple):
     """Two processes by their incarnations: who sends blocks and who gets them.
 
     For a handoff these are a prefill and a decode worker; for a fetch the holder stands first, whatever its role.
@@ -73,10 +72,18 @@ class Link:
     probed_s: float | None = None
     reason: str = ""  # why it failed
     failed_transports: tuple[str, ...] = ()  # tried before ``transport``, each with the reason why it does not work
+    price: LinkCost | None = None  # what the figures make; None while nobody has measured it
     num_transfers: int = 0
     num_failures: int = 0
     breakers: dict[str, Breaker] = field(default_factory=dict)  # by transport
     fetching: Breaker = field(default_factory=lambda: Breaker(_FETCH_LIMITS))
+
+    @property
+    def is_calm(self) -> bool:
+        """Nothing speaks against it, for handoffs or for fetches."""
+        breaker = self.breakers.get(self.transport)
+        is_closed = breaker is None or breaker.is_closed
+        return is_closed and self.state is not LinkState.FAILED and self.fetching.is_closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +98,18 @@ class ProbeResult:
     error: str | None = None  # no transport works
 
 
+_NO_LINKS: Mapping[str, Link] = {}
+
+
 class LinkView(Protocol):
     """What the router reads."""
 
     def cost(self, pair: PairKey) -> LinkCost | None:
         """What transfers cost; None while nobody has measured it."""
+        ...
+
+    def row(self, prefill: str) -> Mapping[str, Link]:
+        """All that is known of the ways from one worker, by the incarnation at the other end."""
         ...
 
     def standing(self, pair: PairKey, now: float) -> Standing: ...
@@ -115,6 +129,7 @@ class LinkMatrix:
     def __init__(self, limits: BreakerLimits | None = None) -> None:
         self._limits = limits
         self._links: dict[PairKey, Link] = {}
+        self._rows: dict[str, dict[str, Link]] = {}
 
     def get(self, pair: PairKey) -> Link:
         """What is known of a pair, perhaps nothing."""
@@ -127,13 +142,15 @@ class LinkMatrix:
         """Drops pairs with a process that is gone."""
         known = set(alive)
         for pair in [pair for pair in self._links if not {pair.prefill, pair.decode} <= known]:
-            del self._links[pair]
+            del self._links[pair], self._rows[pair.prefill][pair.decode]
+            if not self._rows[pair.prefill]:
+                del self._rows[pair.prefill]
 
     # What is heard.
 
     def on_probe(self, pair: PairKey, result: ProbeResult, now: float) -> None:
         """A canary came through, or did not."""
-        link = self._links.setdefault(pair, Link())
+        link = self._link(pair)
         link.probed_s, link.failed_transports = now, result.failed_transports
         if result.error is not None:
             link.state, link.reason = LinkState.FAILED, result.error
@@ -146,15 +163,16 @@ class LinkMatrix:
         link.rtt_ms = _blend(link.rtt_ms, result.rtt_ms)
         if result.gb_per_s > 0:
             link.gb_per_s = _blend(link.gb_per_s, result.gb_per_s)
+        link.price = _price(link)
         self._breaker(link).on_success(now)
 
     def on_start(self, pair: PairKey, now: float) -> None:
         """A handoff begins."""
-        self._breaker(self._links.setdefault(pair, Link())).on_try(now)
+        self._breaker(self._link(pair)).on_try(now)
 
     def on_transfer(self, pair: PairKey, transport: str, num_bytes: int, duration_ms: float, now: float) -> None:
         """A handoff was acknowledged. ``duration_ms`` is from its grant to its end."""
-        link = self._links.setdefault(pair, Link())
+        link = self._link(pair)
         if link.transport and transport != link.transport:
             # By the way, it found out that another one fails.
             self._breaker(link).on_failure(now)
@@ -167,10 +185,11 @@ class LinkMatrix:
             seen = num_bytes / duration_ms / 1e6
             if seen > link.gb_per_s:
                 link.gb_per_s = _blend(link.gb_per_s, seen)
+        link.price = _price(link)
 
     def on_failure(self, pair: PairKey, now: float) -> None:
         """A handoff failed on its way."""
-        link = self._links.setdefault(pair, Link())
+        link = self._link(pair)
         link.num_failures += 1
         self._breaker(link).on_failure(now)
 
@@ -192,7 +211,7 @@ class LinkMatrix:
 
     def on_fetch_failed(self, pair: PairKey, cause: str, now: float) -> None:
         """The blocks did not come. ``cause`` is the transfer's error code."""
-        link = self._links.setdefault(pair, Link())
+        link = self._link(pair)
         if cause in _LINK_CAUSES:
             self.on_failure(pair, now)
         else:
@@ -212,10 +231,10 @@ class LinkMatrix:
 
     def cost(self, pair: PairKey) -> LinkCost | None:
         link = self._links.get(pair)
-        if link is None or link.gb_per_s <= 0:
-            return None
-        bytes_per_s = min(max(link.gb_per_s * 1e9, _MIN_BYTES_PER_S), _MAX_BYTES_PER_S)
-        return LinkCost(fixed_s=link.rtt_ms / 1e3, bytes_per_s=bytes_per_s)
+        return None if link is None else link.price
+
+    def row(self, prefill: str) -> Mapping[str, Link]:
+        return self._rows.get(prefill, _NO_LINKS)
 
     def standing(self, pair: PairKey, now: float) -> Standing:
         link = self._links.get(pair)
@@ -238,6 +257,12 @@ class LinkMatrix:
         link = self._links.get(pair)
         return "closed" if link is None else self._breaker(link).state(now).value
 
+    def _link(self, pair: PairKey) -> Link:
+        link = self._links.get(pair)
+        if link is None:
+            link = self._links[pair] = self._rows.setdefault(pair.prefill, {})[pair.decode] = Link()
+        return link
+
     def _breaker(self, link: Link) -> Breaker:
         breaker = link.breakers.get(link.transport)
         if breaker is None:
@@ -248,6 +273,13 @@ class LinkMatrix:
 def blames_link(error: BatonError | None) -> bool:
     """Whether a worker's failure speaks against the way between the two."""
     return error is not None and error.code is ErrorCode.HANDOFF_FAILED and error.cause in _LINK_CAUSES
+
+
+def _price(link: Link) -> LinkCost | None:
+    if link.gb_per_s <= 0:
+        return None
+    bytes_per_s = min(max(link.gb_per_s * 1e9, _MIN_BYTES_PER_S), _MAX_BYTES_PER_S)
+    return LinkCost(fixed_s=link.rtt_ms / 1e3, bytes_per_s=bytes_per_s)
 
 
 def _blend(before: float, now: float) -> float:

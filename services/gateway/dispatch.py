@@ -20,7 +20,8 @@ from baton.services.core.ladder_steps import Attempt, Command, Emit, End, Ladder
 from baton.services.core.lifecycle import Instant
 from baton.services.core.links import OTHER_TRANSPORT, LinkMatrix, PairKey, blames_link
 from baton.services.core.prefix_index import PrefixIndex
-from baton.services.core.router import Placement, RoutedRequest, RoutingDecision, WorkerView, route
+from baton.services.core.quick_route import FleetRouter
+from baton.services.core.router import Placement, RoutedRequest, RoutingDecision, WorkerView
 from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
@@ -78,7 +79,7 @@ class WorkerDispatcher:
         self._limits = limits or LadderLimits()
         self._fetch = fetch or FetchPolicy()
         self._registry = registry
-        self._prefix_index = prefix_index
+        self._router = FleetRouter(registry.fleet, prefix_index)
         self._block_key = block_key
         self._receipts = receipts
         self._clock = clock
@@ -192,13 +193,14 @@ class WorkerDispatcher:
             num_tokens=len(run.request.prompt_token_ids) + len(run.ladder.token_ids),
             block_size=run.block_size,
             block_bytes=block_bytes(layout),
-            cached_blocks=self._prefix_index.matches(run.block_names),
+            cached_blocks={},  # the router looks the names up
             excluded=wish.excluded,
             excluded_pairs=wish.excluded_pairs,
             preferred=wish.preferred,
             fetch=self._fetch,
         )
-        return route(routed, self._registry.views(), wish.placement, self._links, self._clock())
+        assert self._registry.fleet is self._router.fleet  # and is up to date now
+        return self._router.route(routed, run.block_names, wish.placement, self._links, self._clock())
 
     # Commands of the ladder.
 

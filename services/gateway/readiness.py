@@ -20,7 +20,7 @@ class Readiness:
         """``needs_pair``: False while decode workers are meant to prefill themselves. Without ``links`` every pair will do."""
         self._links = links
         self._needs_pair = needs_pair
-        self._has_seen_pair = False
+        self.has_seen_pair = False
 
     def check(self, views: Sequence[WorkerView]) -> tuple[bool, str]:
         """Whether the usable workers can serve, and why not, or what is lost if they can."""
@@ -33,7 +33,7 @@ class Readiness:
             return False, f"no decode worker is ready ({len(views)} other workers are)"
         problem = self._problem_of_pairs(views)
         if is_any_pair and problem is None:
-            self._has_seen_pair = True
+            self.has_seen_pair = True
             return True, ""
         if not self._needs_pair():
             return True, ""
@@ -41,7 +41,7 @@ class Readiness:
             problem = "no prefill worker is ready"
         elif not is_any_pair:
             problem = "no prefill worker can exchange blocks with a decode worker: /v1/workers shows how they differ"
-        if self._has_seen_pair:
+        if self.has_seen_pair:
             return True, f"degraded: {problem}; decode workers prefill themselves"
         return False, problem or ""
 

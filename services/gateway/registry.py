@@ -20,6 +20,7 @@ from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.kvtransfer.versions import VersionRange
 from baton.services.core.cost_model import DEFAULT_DECODE_STEP_S, DEFAULT_PREFILL_S_PER_TOKEN, WorkerCost
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.fleet import Fleet
 from baton.services.core.router import Role, WorkerView
 from baton.services.gateway.worker_link import WorkerLink
 from baton.services.runtime.convert import STATE_NAMES, role_from_wire
@@ -71,6 +72,8 @@ class Registry:
         self._on_forget = on_forget
         self._peer_timeout_s = peer_timeout_s
         self.num_fenced = 0  # outputs of attempts that were over, not served
+        self._fleet = Fleet()
+        self._changed: set[str] = set()  # workers that the fleet does not show as they are
         self._workers: dict[str, KnownWorker] = {}
         self._replaced: dict[str, str] = {}  # worker id -> the older incarnation that was told of last
         self._waiters: set[asyncio.Future[bool]] = set()
@@ -99,6 +102,7 @@ class Registry:
         if leaving:
             if known is not None and known.link.incarnation == incarnation:  # not the one that has replaced it
                 known.status.state = pb.WORKER_STATE_DRAINING
+                self._changed.add(worker_id)
             return False
         if known is not None and known.link.incarnation != incarnation:
             if not is_replaced_by(known.status, status):
@@ -114,6 +118,7 @@ class Registry:
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
         known.status, known.heard_s = status, self._clock()
+        self._changed.add(worker_id)
         self._on_heard()
         self._tell_changed()
         return True
@@ -127,6 +132,8 @@ class Registry:
             self._gateway,
             open_channel=self._open_channel,
             on_connected=self._tell_changed,
+            on_usable=lambda: self._changed.add(worker_id),
+            on_load=lambda: self._on_load(worker_id),
             on_fenced=self._count_fenced,
             peer_timeout_s=self._peer_timeout_s,
         )
@@ -140,7 +147,24 @@ class Registry:
 
     def views(self) -> list[WorkerView]:
         """The usable workers as the router sees them."""
-        return [_view(known) for known in self._workers.values() if known.is_usable]
+        return self.fleet.views()
+
+    @property
+    def fleet(self) -> Fleet:
+        """The usable workers in the order of their load: one and the same object, brought up to date."""
+        for worker_id in self._changed:
+            known = self._workers.get(worker_id)
+            if known is not None and known.is_usable:
+                self._fleet.put(_view(known))
+            else:
+                self._fleet.remove(worker_id)
+        self._changed.clear()
+        return self._fleet
+
+    def _on_load(self, worker_id: str) -> None:
+        known = self._workers.get(worker_id)
+        if known is not None and worker_id not in self._changed:
+            self._fleet.set_load(worker_id, *_load(known))
 
     def alive(self) -> frozenset[str]:
         """Incarnations whose links work."""
@@ -234,6 +258,7 @@ class Registry:
         worker_id = known.link.worker_id
         if self._workers.get(worker_id) is known:
             del self._workers[worker_id]
+            self._changed.add(worker_id)
             self._on_forget(worker_id)
             log.info("worker forgotten", worker_id=worker_id, incarnation=known.link.incarnation)
         if known.task is not None and known.task is not asyncio.current_task():
@@ -256,10 +281,17 @@ async def _ask_status(channel: grpc.aio.Channel) -> pb.WorkerStatus:
     raise BatonError(ErrorCode.NOT_FOUND, "this address has neither a prefill nor a decode service")
 
 
+def _load(known: KnownWorker) -> tuple[int, int]:
+    """Prompt tokens to compute, and requests. The report is up to a second old; what this gateway has sent since is counted
+    by its link. The larger one is nearer."""
+    status, link = known.status, known.link
+    return max(status.queued_tokens, link.num_inflight_tokens), max(status.running + status.queued, link.num_inflight)
+
+
 def _view(known: KnownWorker) -> WorkerView:
     status, link = known.status, known.link
     blocks = status.kv_blocks
-    is_prefill = link.role is Role.PREFILL
+    queued_tokens, running = _load(known)
     cost = WorkerCost(
         prefill_s_per_token=status.prefill_s_per_token or DEFAULT_PREFILL_S_PER_TOKEN,
         decode_step_s=status.decode_step_s or DEFAULT_DECODE_STEP_S,
@@ -272,9 +304,8 @@ def _view(known: KnownWorker) -> WorkerView:
         compatibility=compatibility_key(status.compatibility),
         wire_versions=_wire_versions(status.compatibility),
         host_id=status.host_id,
-        # The report is up to a second old; what this gateway has sent since is counted here. The larger one is nearer.
-        queued_tokens=max(status.queued_tokens, link.num_inflight_tokens if is_prefill else 0),
-        running=max(status.running + status.queued, link.num_inflight),
+        queued_tokens=queued_tokens,
+        running=running,
         max_num_seqs=status.max_num_seqs or 1,
         available_blocks=blocks.free + blocks.cached,
         max_num_batched_tokens=status.max_num_batched_tokens or 1,

@@ -230,7 +230,8 @@ class GatewayService:
         self._readiness.check(self._registry.views())
 
     def _on_heard(self) -> None:
-        self._readiness.check(self._registry.views())  # a pair counts as seen even when nobody asks just then
+        if not self._readiness.has_seen_pair:  # a pair counts as seen even when nobody asks just then
+            self._readiness.check(self._registry.views())
         # The context length that every usable worker can serve, unless the operator set one.
         lengths = [status.max_model_len for status in self._registry.statuses() if status.max_model_len]
         if self._settings.max_model_len is None and lengths and min(lengths) != self._deps.model.max_model_len:

@@ -37,7 +37,7 @@ class Arrival:
 @dataclass(slots=True)
 class _Open:
     arrivals: asyncio.Queue[Arrival]
-    num_tokens: int
+    num_tokens: int  # of its prompt, to be computed there
 
 
 @dataclass(slots=True, eq=False)
@@ -51,11 +51,15 @@ class WorkerLink:
     gateway: pb.WorkerIdentity
     open_channel: Callable[[str], grpc.aio.Channel] = create_channel
     on_connected: Callable[[], None] = lambda: None
+    on_usable: Callable[[], None] = lambda: None  # it can be used now, or no longer
+    on_load: Callable[[], None] = lambda: None  # what this gateway has there has changed
     on_fenced: Callable[[], None] = lambda: None  # an output of a request that was released
     peer_timeout_s: float = 2.5
     is_connected: bool = False
     _silence: Silence | None = None
     _open: dict[Key, _Open] = field(default_factory=dict)
+    num_inflight_tokens: int = 0
+    """Prompt tokens of this gateway's requests that are to be computed there, those that the last report knows of included."""
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
 
     @property
@@ -72,11 +76,6 @@ class WorkerLink:
         """Requests of this gateway on that worker."""
         return len(self._open)
 
-    @property
-    def num_inflight_tokens(self) -> int:
-        """Their prompt tokens: load that the worker's last report may not know about yet."""
-        return sum(request.num_tokens for request in self._open.values())
-
     async def run(self) -> bool:
         """Holds the stream until it breaks or the task is cancelled; False when the worker never accepted it."""
         reason, was_connected = "connection closed", False
@@ -85,7 +84,7 @@ class WorkerLink:
             stack.callback(call.cancel)
             try:
                 heartbeat_s = await self._greet(call)
-                silence = self._silence = Silence(self.peer_timeout_s, heartbeat_s)
+                silence = self._silence = Silence(self.peer_timeout_s, heartbeat_s, self.on_usable)
                 ends = [asyncio.create_task(self._read(call, silence))]
                 stack.push_async_callback(_end_tasks, ends)
                 if heartbeat_s:
@@ -94,12 +93,14 @@ class WorkerLink:
                     writer = asyncio.create_task(self._write(call, HEARTBEAT_S if heartbeat_s else None))
                     stack.push_async_callback(_end_tasks, [writer])
                     self.is_connected = was_connected = True
+                    self.on_usable()
                     self.on_connected()
                 reason = await _first_failure(ends) or reason
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 reason = _why(error)
             finally:
                 self.is_connected = False
+                self.on_usable()
                 self._fail_all(reason)
         if was_connected:
             log.info("link to worker ended", worker_id=self.worker_id, reason=reason)
@@ -131,20 +132,32 @@ class WorkerLink:
         """Sends a request to the worker; what it says about it goes to ``arrivals`` until ``release``."""
         spec = request.spec
         key = (spec.request_id, spec.attempt)
-        self._open[key] = _Open(arrivals, len(spec.token_ids))
+        is_handed_over = isinstance(request, decode_pb2.Start) and request.HasField("prefill")
+        self._open[key] = opened = _Open(arrivals, 0 if is_handed_over else len(spec.token_ids))
         if not self.is_connected:
-            self._fail(key, "not connected")
+            del self._open[key]
+            self._tell_lost(opened, key, "not connected")
         else:
+            self.num_inflight_tokens += opened.num_tokens
+            self.on_load()
             self._commands.put_nowait(self._messages.OpenRequest(start=request))
 
     def release(self, key: Key, *, cancel: bool) -> None:
         """Forgets a request; with ``cancel`` the worker is told to give it up. Idempotent."""
-        if self._open.pop(key, None) is None or not cancel:
+        if not self._close(key) or not cancel:
             return
         request_id, attempt = key
         messages = self._messages
         command = messages.Cancel(request_id=request_id, attempt=attempt)
         self._commands.put_nowait(messages.OpenRequest(cancel=command))
+
+    def _close(self, key: Key) -> bool:
+        opened = self._open.pop(key, None)
+        if opened is None:
+            return False
+        self.num_inflight_tokens -= opened.num_tokens
+        self.on_load()
+        return True
 
     @property
     def _messages(self) -> Any:
@@ -173,6 +186,10 @@ class WorkerLink:
     def _deliver(self, output: pb.RequestOutput) -> None:
         request = self._open.get((output.request_id, output.attempt))
         if request is not None:
+            if request.num_tokens and output.tokens:  # the prompt is computed
+                self.num_inflight_tokens -= request.num_tokens
+                request.num_tokens = 0
+                self.on_load()
             request.arrivals.put_nowait(Arrival(self, output.attempt, output=output))
         else:
             self.on_fenced()
@@ -184,10 +201,14 @@ class WorkerLink:
             self._commands.get_nowait()
 
     def _fail(self, key: Key, reason: str) -> None:
-        request = self._open.pop(key)
+        opened = self._open[key]
+        self._close(key)
+        self._tell_lost(opened, key, reason)
+
+    def _tell_lost(self, opened: _Open, key: Key, reason: str) -> None:
         message = f"worker {self.worker_id} was lost ({reason})"
         failure = BatonError(ErrorCode.WORKER_LOST, message, retryable=True)
-        request.arrivals.put_nowait(Arrival(self, key[1], failure=failure))
+        opened.arrivals.put_nowait(Arrival(self, key[1], failure=failure))
 
 
 async def _first_failure(tasks: list[asyncio.Task[None]]) -> str:

@@ -1,0 +1,157 @@
+"""What each way to run a request costs: the terms that the router compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baton.services.core.candidates import Candidate, Mode, Role, RoutedRequest, WorkerView
+from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost, visible_transfer_s
+from baton.services.core.fetch import FetchPlan, plan_fetch
+from baton.services.core.links import LinkView, PairKey
+
+_STEPS_TO_A_SEAT = 100.0  # until a sequence ends and leaves its place, roughly
+# A short answer's length: how many steps of a fuller batch are set against a quicker way to the first token. At a full batch a
+# step is taken to last twice as long as that of an empty one.
+_STEPS_COMPARED = 32
+# Over which a stall is spread in a stream's time per token, and the part of a target that is planned to be used.
+_ANSWER_TOKENS, _MARGIN = 128, 0.9
+_SLACK_WEIGHT = 0.1  # of a second that a stream with time to spare waits
+
+
+def price_local(
+    request: RoutedRequest, decoder: WorkerView, workers: Sequence[WorkerView], links: LinkView, now: float
+) -> Candidate:
+    """The decode worker computes the prompt itself."""
+    mode = Mode.COLOCATED if decoder.role is Role.COLOCATED else Mode.LOCAL
+    fetch = fetch_plan(request, decoder, workers, links, now)
+    prefill_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id, fetch))
+    queue_s = backlog_s(decoder, decoder.queued_tokens)
+    stall_s, num_disturbed = burden(decoder, decoder.running, queue_s, prefill_s)
+    candidate = Candidate(
+        mode,
+        decoder,
+        None,
+        queue_s=queue_s,
+        prefill_s=prefill_s,
+        transfer_s=0.0,
+        decode_wait_s=_seat_wait_s(request, decoder),
+        interference_s=stall_s + crowding_s(decoder, decoder.running),
+        fetch=fetch,
+    )
+    return candidate._replace(
+        num_misses=num_disturbed + num_missed(request, candidate.ttft_s, decoder, decoder.running)
+    )
+
+
+def price_remote(
+    request: RoutedRequest,
+    prefiller: WorkerView,
+    decoder: WorkerView,
+    workers: Sequence[WorkerView],
+    links: LinkView,
+    now: float,
+) -> Candidate:
+    """The prefill worker computes the prompt and hands it over."""
+    fetch = fetch_plan(request, prefiller, workers, links, now)
+    num_blocks = -(-request.num_tokens // request.block_size)
+    num_sent = max(0, num_blocks - request.cached_blocks.get(decoder.worker_id, 0))
+    num_last_chunk = -(-min(request.num_tokens, prefiller.max_num_batched_tokens) // request.block_size)
+    candidate = Candidate(
+        Mode.REMOTE,
+        decoder,
+        prefiller,
+        queue_s=backlog_s(prefiller, prefiller.queued_tokens),
+        prefill_s=prefiller.cost.prefill_s(request.num_uncached_tokens(prefiller.worker_id, fetch)),
+        transfer_s=visible_transfer_s(
+            _link(prefiller, decoder, links), num_sent * request.block_bytes, num_last_chunk * request.block_bytes
+        ),
+        decode_wait_s=_seat_wait_s(request, decoder),
+        # Prompts that the decode worker computes itself stretch its steps.
+        interference_s=crowding_s(decoder, decoder.running) + backlog_s(decoder, decoder.queued_tokens),
+        fetch=fetch,
+    )
+    return candidate._replace(num_misses=num_missed(request, candidate.ttft_s, decoder, decoder.running))
+
+
+def fetch_plan(
+    request: RoutedRequest, needer: WorkerView, workers: Sequence[WorkerView], links: LinkView, now: float
+) -> FetchPlan | None:
+    """What the worker that prefills should get from another first."""
+    if request.fetch is None or not request.cached_blocks:
+        return None
+    costs = {
+        worker.worker_id: _link(worker, needer, links)
+        for worker in workers
+        if worker.exchanges_blocks_with(needer)
+        and links.may_fetch(PairKey(worker.incarnation, needer.incarnation), now)
+    }
+    return plan_fetch(
+        request.fetch,
+        needer.worker_id,
+        costs,
+        request.cached_blocks,
+        num_tokens=request.num_tokens,
+        block_size=request.block_size,
+        block_bytes=request.block_bytes,
+        prefill_s_per_token=needer.cost.prefill_s_per_token,
+    )
+
+
+def burden(decoder: WorkerView, running: int, queue_s: float, prefill_s: float) -> tuple[float, int]:
+    """What a prompt that is computed there costs the streams that run there, and whether one of them misses its target for it.
+
+    Every stream waits while it is computed. Where the strictest of them has time for that, the wait hardly counts: the time
+    is worth more to the request that has no token yet.
+    """
+    stall_s = prefill_s * running
+    tightest_s = decoder.tightest_tpot_s
+    if not running or tightest_s is None:
+        return stall_s, 0
+    tpot_s = decoder.cost.step_s(running) + (queue_s + prefill_s) / _ANSWER_TOKENS
+    if tpot_s <= _MARGIN * tightest_s:
+        return _SLACK_WEIGHT * stall_s, 0
+    return stall_s, 1
+
+
+def num_missed(request: RoutedRequest, ttft_s: float, decoder: WorkerView, running: int) -> int:
+    """How many of the request's own targets are predicted to be missed."""
+    ttft_target_s, tpot_target_s = request.ttft_target_s, request.tpot_target_s
+    is_late = ttft_target_s is not None and ttft_s > ttft_target_s
+    if tpot_target_s is None:
+        return int(is_late)
+    return is_late + (decoder.cost.step_s(running + 1) > tpot_target_s)
+
+
+def _link(prefiller: WorkerView, decoder: WorkerView, links: LinkView) -> LinkCost:
+    measured = links.cost(PairKey(prefiller.incarnation, decoder.incarnation))
+    if measured is not None:
+        return measured
+    return SAME_HOST if prefiller.host_id and prefiller.host_id == decoder.host_id else OTHER_HOST
+
+
+def _seat_wait_s(request: RoutedRequest, decoder: WorkerView) -> float:
+    """Wait for a place in the batch and for blocks."""
+    num_blocks = -(-request.num_tokens // request.block_size)
+    return batch_wait_s(decoder, decoder.running) + blocks_wait_s(decoder, num_blocks)
+
+
+def batch_wait_s(decoder: WorkerView, running: int) -> float:
+    """Wait for a place in the batch."""
+    return decoder.cost.decode_step_s * _STEPS_TO_A_SEAT * max(0, running + 1 - decoder.max_num_seqs)
+
+
+def blocks_wait_s(decoder: WorkerView, num_blocks: int) -> float:
+    """Wait for blocks that others have."""
+    lacking = max(0, num_blocks - decoder.available_blocks)
+    return decoder.cost.decode_step_s * _STEPS_TO_A_SEAT * lacking / max(1, num_blocks)
+
+
+def backlog_s(worker: WorkerView, queued_tokens: int) -> float:
+    """Time to compute the prompts that are there already."""
+    return queued_tokens * worker.cost.prefill_s_per_token
+
+
+def crowding_s(decoder: WorkerView, running: int) -> float:
+    """A fuller batch steps slower, for every token that is to come: without this, one decode worker whose link is quicker by
+    a hair gets everything."""
+    return _STEPS_COMPARED * decoder.cost.growth_s(running, decoder.max_num_seqs)
