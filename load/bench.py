@@ -30,6 +30,12 @@ def _interference() -> list[Row]:
     return bench_interference()
 
 
+def _gateway() -> list[Row]:
+    from baton.load.bench_gateway import bench_gateway
+
+    return bench_gateway()
+
+
 def _generator() -> list[Row]:
     from baton.load.bench_generator import bench_generator
 
@@ -46,6 +52,7 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "transfer": _transfer,
     "engine": _engine,
     "interference": _interference,
+    "gateway": _gateway,
     "generator": _generator,
     "router": _router,
 }

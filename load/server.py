@@ -1,4 +1,4 @@
-"""``baton serve`` as a child process, for benchmarks that measure what a client sees."""
+"""``baton serve``, or a gateway alone, as a child process, for benchmarks that measure what a client sees."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ START_TIMEOUT_S = 180.0
 @contextmanager
 def serve(*options: str, log: Path) -> Iterator[str]:
     """Runs it until the end of the block and yields its URL. Its output goes to ``log``."""
+    with _run("serve", *options, log=log) as url:
+        yield url
+
+
+@contextmanager
+def gateway(worker: str, *, log: Path) -> Iterator[str]:
+    """Only the gateway, with the bundled model's tokenizer, before one worker that is there already."""
+    with _run("gateway", "--nats-url", "none", "--worker", worker, "--log-level", "warning", log=log) as url:
+        yield url
+
+
+@contextmanager
+def _run(command_name: str, *options: str, log: Path) -> Iterator[str]:
     port, grpc_port = _free_port(), _free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "baton.services.local",
-        "serve",
-        "--port",
-        str(port),
-        "--grpc-port",
-        str(grpc_port),
-    ]
+    ports = ("--port", str(port), "--grpc-port", str(grpc_port))
+    command = [sys.executable, "-m", "baton.services.local", command_name, *ports]
     with log.open("w") as output:
         process = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT)  # noqa: S603
     url = f"http://127.0.0.1:{port}"

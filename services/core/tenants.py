@@ -53,7 +53,7 @@ class _Usage:
         self._limits = TenantLimits()
 
     def set_limits(self, limits: TenantLimits, now: float) -> None:
-        if limits == self._limits:
+        if limits is self._limits or limits == self._limits:
             return
         self._limits = limits
         self.requests = _resized(self.requests, limits.requests_per_minute, now)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import structlog
 
@@ -31,8 +30,6 @@ from baton.services.runtime import convert
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
-
 
 @dataclass(slots=True, eq=False)
 class _Run:
@@ -43,7 +40,7 @@ class _Run:
     ladder: Ladder
     deadline_s: float | None
     block_names: list[bytes] = field(default_factory=list)
-    arrivals: asyncio.Queue[Arrival] = field(default_factory=asyncio.Queue)
+    arrivals: asyncio.Queue[Arrival | None] = field(default_factory=asyncio.Queue)  # None: it may be time
     links: dict[tuple[int, str], WorkerLink] = field(default_factory=dict)  # by attempt and incarnation, until released
     sent_s: float = 0.0  # the attempt under way
     fetching: PairKey | None = (
@@ -54,6 +51,14 @@ class _Run:
     told_cached_tokens: int | None = None
     end: End | None = None
     own_end: str = "abort"  # what it means when the caller closes the generation
+    timer: asyncio.TimerHandle | None = None
+    timer_s: float = -math.inf  # what the timer is set for
+
+    def stop_timer(self) -> None:
+        """If there is one."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer, self.timer_s = None, -math.inf
 
 
 class WorkerDispatcher:
@@ -111,6 +116,7 @@ class WorkerDispatcher:
             run.own_end = "error"  # our own: the ladder's errors have ended it
             raise
         finally:
+            run.stop_timer()
             self._runs.pop(request.request_id, None)
             self._do(run, run.ladder.on_cancel(run.own_end))
             self._receipts.end(run.record, run.own_end)
@@ -144,7 +150,7 @@ class WorkerDispatcher:
         """One event: the workers that there are, an arrival, or the passing of time. Returns what is new for the client."""
         ladder = run.ladder
         if not ladder.wants_workers:
-            arrival = await self._until(run.arrivals.get(), ladder.wake_s)
+            arrival = await self._arrival(run)
             if arrival is None:
                 return self._do(run, ladder.on_time(max(self._clock(), ladder.wake_s)))
             deltas = self._on_arrival(run, arrival)
@@ -152,7 +158,7 @@ class WorkerDispatcher:
                 self._log_failure(run)
             return deltas
         now_s = self._clock()
-        if now_s < ladder.wake_s and await self._until(self._registry.wait_changed(), ladder.wake_s) is None:
+        if now_s < ladder.wake_s and not await self._changed(ladder.wake_s):
             now_s = ladder.wake_s
         alive = self._registry.alive()
         commands = ladder.on_workers(lambda wish: self._choose(run, wish), alive, max(self._clock(), now_s))
@@ -170,15 +176,34 @@ class WorkerDispatcher:
                 self._links.on_failure(pair, now_s)
         return self._do(run, ladder.on_output(arrival.attempt, incarnation, output, now_s))
 
-    async def _until(self, event: Awaitable[T], wake_s: float) -> T | None:
-        """What ``event`` brings, or None when it is time first."""
-        if math.isinf(wake_s):
-            return await event
+    async def _arrival(self, run: _Run) -> Arrival | None:
+        """The next arrival, or None when it is time for the ladder first.
+
+        One timer for as long as the ladder's time stays the same: one for each token would cost more than the token.
+        """
+        while True:
+            wake_s = run.ladder.wake_s
+            if run.arrivals.empty() and wake_s != run.timer_s and not math.isinf(wake_s):
+                run.stop_timer()
+                run.timer_s = wake_s
+                delay_s = max(0.0, wake_s - self._clock())
+                run.timer = asyncio.get_running_loop().call_later(delay_s, run.arrivals.put_nowait, None)
+            arrival = await run.arrivals.get()
+            if arrival is not None:
+                return arrival
+            is_due = run.timer_s == wake_s
+            run.stop_timer()
+            if is_due:
+                return None
+
+    async def _changed(self, wake_s: float) -> bool:
+        """Whether the workers changed before it was time."""
         try:
-            async with asyncio.timeout(wake_s - self._clock()):
-                return await event
+            async with asyncio.timeout(None if math.isinf(wake_s) else wake_s - self._clock()):
+                await self._registry.wait_changed()
         except TimeoutError:
-            return None
+            return False
+        return True
 
     def _choose(self, run: _Run, wish: Wish) -> RoutingDecision:
         """The router's answer. Raises BatonError when no worker can take the request."""
@@ -232,9 +257,9 @@ class WorkerDispatcher:
     def _with_cached_tokens(self, run: _Run, delta: TokenDelta) -> TokenDelta:
         """The first delta tells what is known then, and the first after that changed tells it again."""
         cached_tokens = run.record.cached_tokens
-        is_news = cached_tokens != run.told_cached_tokens
+        told = cached_tokens if cached_tokens != run.told_cached_tokens else None
         run.told_cached_tokens = cached_tokens
-        return replace(delta, cached_tokens=cached_tokens if is_news else None)
+        return delta if delta.cached_tokens == told else replace(delta, cached_tokens=told)
 
     def _start(self, run: _Run, command: Start) -> None:
         request, chosen, number = run.request, command.attempt.decision.chosen, command.attempt.number

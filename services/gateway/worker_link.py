@@ -36,7 +36,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class _Open:
-    arrivals: asyncio.Queue[Arrival]
+    arrivals: asyncio.Queue[Arrival | None]
     num_tokens: int  # of its prompt, to be computed there
 
 
@@ -128,7 +128,7 @@ class WorkerLink:
         await silence.until()
         raise TimeoutError(f"silent for {silence.limit_s:g} s")
 
-    def start(self, request: decode_pb2.Start | prefill_pb2.Start, arrivals: asyncio.Queue[Arrival]) -> None:
+    def start(self, request: decode_pb2.Start | prefill_pb2.Start, arrivals: asyncio.Queue[Arrival | None]) -> None:
         """Sends a request to the worker; what it says about it goes to ``arrivals`` until ``release``."""
         spec = request.spec
         key = (spec.request_id, spec.attempt)

@@ -28,6 +28,11 @@ class Session:
         """The outputs of one step. They leave as one message, together with what an earlier step left behind."""
         self._outbox.put_nowait(outputs)
 
+    @property
+    def is_empty(self) -> bool:
+        """Everything has left, or is being written."""
+        return self._outbox.empty()
+
     async def next_step(self) -> pb.StepOutputs:
         """Waits for the next message to send."""
         outputs = await self._outbox.get()
