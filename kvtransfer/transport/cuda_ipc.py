@@ -51,7 +51,7 @@ class CudaIpcTransport(RowCopier):
         try:
             self._cuda = cuda_runtime.open_runtime(memory.device)
             self._address = self._cuda.allocate(num_bytes)
-            handle = self._cuda.export(self._address)
+            handle = self._export()
         except ImportError as error:
             raise _refused(f"it is not installed ({error}): pip install 'baton-llm[cuda-ipc]'") from error
         except CudaError as error:
@@ -96,6 +96,14 @@ class CudaIpcTransport(RowCopier):
         _addresses_here.pop(self._handle, None)
         self._staging.mirror(None)
         self._cuda.free(self._address)
+
+    def _export(self) -> bytes:
+        """The handle of our rows. Memory that cannot be exported is of no use."""
+        try:
+            return self._cuda.export(self._address)
+        except CudaError:
+            self._cuda.free(self._address)
+            raise
 
     def _parse(self, ticket: bytes) -> tuple[int, int, bytes]:
         """Process, number of rows, handle. Raises TransferError for what is not an offer of rows like ours."""

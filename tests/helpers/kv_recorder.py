@@ -140,8 +140,9 @@ async def recorded_pair(transport: str) -> AsyncIterator[tuple[Recorder, Node, N
             await recorder.close()
 
 
-async def record_handoff(transport: str) -> list[Event]:
-    """All of it, to the acknowledgement."""
+@asynccontextmanager
+async def recorded_blocks(transport: str) -> AsyncIterator[tuple[Recorder, Node, Prompt, Any]]:
+    """The beginning of every session: a handoff all of whose blocks have landed."""
     async with recorded_pair(transport) as (recorder, sender, receiver, address):
         prompt = Prompt(BLOCK_IDS)
         receiver.agent.expect(prompt.key, sender.identity)
@@ -149,18 +150,19 @@ async def record_handoff(transport: str) -> list[Event]:
         handoff.blocks_ready(prompt.all_ready)
         # The canary's verdicts, the blocks', and a heartbeat: then the order of what comes is the same in every recording.
         await eventually(lambda: recorder.num("VERDICTS") == 2 and recorder.num("Heartbeat") == 1)
+        yield recorder, receiver, prompt, handoff
+
+
+async def record_handoff(transport: str) -> list[Event]:
+    """All of it, to the acknowledgement."""
+    async with recorded_blocks(transport) as (recorder, receiver, prompt, handoff):
         await handoff.commit(FIRST_TOKEN)
         return recorder.events
 
 
 async def record_abort(transport: str) -> list[Event]:
     """The sender gives up when its blocks have landed."""
-    async with recorded_pair(transport) as (recorder, sender, receiver, address):
-        prompt = Prompt(BLOCK_IDS)
-        receiver.agent.expect(prompt.key, sender.identity)
-        handoff = sender.agent.open(prompt.spec(receiver, receiver_address=address))
-        handoff.blocks_ready(prompt.all_ready)
-        await eventually(lambda: recorder.num("VERDICTS") == 2 and recorder.num("Heartbeat") == 1)
+    async with recorded_blocks(transport) as (recorder, receiver, prompt, handoff):
         await handoff.abort("nobody wants it")
         await eventually(lambda: recorder.num("Abort") == 1)
         return recorder.events
@@ -168,12 +170,7 @@ async def record_abort(transport: str) -> list[Event]:
 
 async def record_gone(transport: str) -> list[Event]:
     """The receiver gives up when the blocks have landed; then a stranger knocks at its data plane with a wrong token."""
-    async with recorded_pair(transport) as (recorder, sender, receiver, address):
-        prompt = Prompt(BLOCK_IDS)
-        receiver.agent.expect(prompt.key, sender.identity)
-        handoff = sender.agent.open(prompt.spec(receiver, receiver_address=address))
-        handoff.blocks_ready(prompt.all_ready)
-        await eventually(lambda: recorder.num("VERDICTS") == 2 and recorder.num("Heartbeat") == 1)
+    async with recorded_blocks(transport) as (recorder, receiver, prompt, handoff):
         receiver.agent.forget(prompt.key)
         with suppress(TransferError):
             await handoff.commit(FIRST_TOKEN)

@@ -73,6 +73,27 @@ def test_where_cuda_does_not_work_it_is_refused_with_what_cuda_says() -> None:
         open_runtime(torch.device("cuda", 0))
 
 
+def test_memory_that_cannot_be_exported_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that may not share a GPU's memory."""
+    made: list[HostCuda] = []
+
+    class Unshared(HostCuda):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            made.append(self)
+
+        def export(self, address: int) -> bytes:
+            raise CudaError("cudaIpcGetMemHandle: cudaErrorNotSupported")
+
+    monkeypatch.setattr("baton.kvtransfer.transport.cuda_runtime.open_runtime", Unshared)
+    memory = make_staged_memory(4)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(TransferError, match="cudaErrorNotSupported"):
+        make_transports("cuda_ipc", memory, executor)
+    (cuda,) = made
+    assert not cuda._allocated
+    memory.close()
+
+
 def test_a_cache_in_host_memory_is_refused() -> None:
     memory = HostBlockMemory(4, LAYOUT.block_bytes)
     with (
