@@ -155,14 +155,14 @@ async def recorded_blocks(transport: str) -> AsyncIterator[tuple[Recorder, Node,
 
 async def record_handoff(transport: str) -> list[Event]:
     """All of it, to the acknowledgement."""
-    async with recorded_blocks(transport) as (recorder, receiver, prompt, handoff):
+    async with recorded_blocks(transport) as (recorder, *_, handoff):
         await handoff.commit(FIRST_TOKEN)
         return recorder.events
 
 
 async def record_abort(transport: str) -> list[Event]:
     """The sender gives up when its blocks have landed."""
-    async with recorded_blocks(transport) as (recorder, receiver, prompt, handoff):
+    async with recorded_blocks(transport) as (recorder, *_, handoff):
         await handoff.abort("nobody wants it")
         await eventually(lambda: recorder.num("Abort") == 1)
         return recorder.events
