@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from baton.services.gateway.chat_message import delta_of, message_of
 from baton.services.gateway.choice import ChoicePiece, OutputToken
 from baton.services.gateway.collect import CollectedChoice
 from baton.services.gateway.deps import GatewayDeps
@@ -15,9 +16,12 @@ from baton.services.gateway.logprobs import chat_logprobs, prompt_logprobs
 from baton.services.gateway.openai_models import ChatCompletionBody
 from baton.services.gateway.options import GenerationOptions
 from baton.services.gateway.prompts import parse_chat
+from baton.services.gateway.reading import Reading
 from baton.services.gateway.rendering import Answer, ChunkText
 from baton.services.gateway.sse import event
 from baton.services.gateway.structured_outputs import parse_grammar
+from baton.services.gateway.tools.calls import Text
+from baton.services.gateway.tools.offer import parse_tools
 from baton.services.gateway.validation import check_range, invalid, make_options
 
 
@@ -28,6 +32,9 @@ def chat_options(body: ChatCompletionBody, deps: GatewayDeps) -> GenerationOptio
     check_range("top_logprobs", body.top_logprobs, 0, deps.limits.max_logprobs)
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", "needs logprobs to be true")
+    offer = parse_tools(body.tools, body.tool_choice, body.parallel_tool_calls, deps.limits)
+    if offer is not None and deps.tool_format is None:
+        raise invalid("tools", "cannot be used: how this model calls tools is not known; see --tool-call-parser")
     prompt = parse_chat(
         body.messages,
         tokenizer=deps.tokenizer,
@@ -35,6 +42,7 @@ def chat_options(body: ChatCompletionBody, deps: GatewayDeps) -> GenerationOptio
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs,
+        tools=None if offer is None else offer.definitions(),
     )
     newer_name = body.max_completion_tokens is not None
     return make_options(
@@ -47,6 +55,7 @@ def chat_options(body: ChatCompletionBody, deps: GatewayDeps) -> GenerationOptio
         max_tokens=body.max_completion_tokens if newer_name else body.max_tokens,
         max_tokens_param="max_completion_tokens" if newer_name else "max_tokens",
         grammar=parse_grammar(body, deps.limits),
+        reading=Reading(deps.thoughts, offer, deps.tool_format),
     )
 
 
@@ -69,7 +78,7 @@ class ChatAnswer(Answer):
     def _choice(self, choice: CollectedChoice) -> dict[str, Any]:
         rendered = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text},
+            "message": message_of([Text(choice.text)] if choice.parts is None else choice.parts),
             "logprobs": self._logprobs(choice.tokens),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -89,9 +98,11 @@ class ChatAnswer(Answer):
         async with aclosing(self.generation.stream()) as pieces:
             async for piece in pieces:
                 chunk = self._first_chunk(piece) if piece.is_first else b""
-                if not is_plain or piece.finish_reason is not None:
+                if piece.parts is not None:
+                    chunk += b"".join(map(event, self._part_chunks(piece, is_plain=is_plain)))
+                elif not is_plain or piece.finish_reason is not None:
                     if piece.tokens or piece.finish_reason is not None:
-                        chunk += event(self._piece_chunk(piece))
+                        chunk += event(self._piece_chunk(piece, {"content": piece.text} if piece.text else {}))
                 elif piece.text:
                     chunk += texts[piece.choice_index].render(piece.text)
                 if chunk:
@@ -104,10 +115,17 @@ class ChatAnswer(Answer):
         chunk["choices"][0] |= self.token_ids(piece.choice_index, (), with_prompt=True)
         return event(chunk)
 
-    def _piece_chunk(self, piece: ChoicePiece) -> dict[str, Any]:
-        chunk = self._chunk(
-            piece.choice_index, {"content": piece.text} if piece.text else {}, piece.finish_reason, len(piece.tokens)
-        )
+    def _part_chunks(self, piece: ChoicePiece, *, is_plain: bool) -> list[dict[str, Any]]:
+        """A chunk for each part; the last one has what belongs to the piece."""
+        deltas = [delta_of(part) for part in piece.parts or ()]
+        if piece.finish_reason is None and (is_plain or not piece.tokens):
+            return [self._chunk(piece.choice_index, delta, None) for delta in deltas]
+        earlier, last = deltas[:-1], deltas[-1] if deltas else {}
+        chunks = [self._chunk(piece.choice_index, delta, None) for delta in earlier]
+        return [*chunks, self._piece_chunk(piece, last)]
+
+    def _piece_chunk(self, piece: ChoicePiece, delta: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._chunk(piece.choice_index, delta, piece.finish_reason, len(piece.tokens))
         choice = chunk["choices"][0]
         choice["logprobs"] = self._logprobs(piece.tokens)
         if piece.finish_reason is not None:

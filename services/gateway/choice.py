@@ -9,6 +9,7 @@ from baton.services.core.request import FinishReason, SampledToken, TokenLogprob
 from baton.services.core.stop import StopChecker
 from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.detokenizer import Detokenizer
+from baton.services.gateway.parts import Part
 
 
 class OutputToken(NamedTuple):
@@ -30,6 +31,7 @@ class ChoicePiece(NamedTuple):
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # in the first piece, if asked for
     prompt_text: str = ""  # in the first piece, if it is echoed
+    parts: tuple[Part, ...] | None = None  # what the text says, where it is more than content
 
 
 class ChoiceAssembler:

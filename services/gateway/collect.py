@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from baton.services.core.request import TokenLogprobs
 from baton.services.gateway.choice import OutputToken
+from baton.services.gateway.parts import Part
 from baton.services.gateway.pipeline import Generation
 
 
@@ -21,6 +22,7 @@ class CollectedChoice:
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     prompt_text: str = ""
+    parts: list[Part] | None = None  # what the text says, where it is more than content
 
     @property
     def text(self) -> str:
@@ -34,6 +36,8 @@ async def collect(generation: Generation) -> list[CollectedChoice]:
         async for piece in pieces:
             choice = choices[piece.choice_index]
             choice.texts.append(piece.text)
+            if piece.parts is not None:
+                choice.parts = [*(choice.parts or ()), *piece.parts]
             choice.tokens.extend(piece.tokens)
             choice.finish_reason = piece.finish_reason
             choice.stop_reason = piece.stop_reason

@@ -13,9 +13,11 @@ from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.generation import Dispatcher, SloTarget
 from baton.services.gateway.grammar_checks import GrammarChecker
 from baton.services.gateway.limits import Door, Limits
+from baton.services.gateway.reasoning import Markers, find_markers
 from baton.services.gateway.served_model import ServedModel
 from baton.services.gateway.sse import Cut
 from baton.services.gateway.tokenizer import ModelTokenizer
+from baton.services.gateway.tools.registry import ToolFormat, find_format
 from baton.services.gateway.worker_calls import NoWorkers, WorkerOperations
 
 
@@ -51,12 +53,19 @@ class GatewayDeps:
     operations: WorkerOperations = field(default_factory=NoWorkers)
     tenants: TenantLedger = field(default_factory=TenantLedger)
     cut: Cut = field(default_factory=Cut)
+    tool_parser: str = "auto"  # a key of tools.registry.FORMATS, none, or auto: from the chat template
+    reasoning_parser: str = "auto"  # the same with reasoning.KINDS
     door: Door = field(init=False)
     grammars: GrammarChecker = field(init=False)
+    tool_format: ToolFormat | None = field(init=False)
+    thoughts: Markers | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.door = Door(self.limits.max_concurrent_requests)
         self.grammars = GrammarChecker(self._grammar_settings)
+        template = self.tokenizer.chat_template
+        self.tool_format = find_format(self.tool_parser, template)
+        self.thoughts = find_markers(self.reasoning_parser, template)
 
     def _grammar_settings(self) -> dict[str, object]:
         model = self.model

@@ -37,11 +37,25 @@ class Detokenizer(Protocol):
 
 
 def create_detokenizer(
-    pieces: TokenPieces, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True, keep_prompt_text: bool = False
+    pieces: TokenPieces,
+    prompt_ids: Sequence[int],
+    *,
+    skip_special_tokens: bool = True,
+    keep_prompt_text: bool = False,
+    shown_ids: frozenset[int] = frozenset(),
 ) -> Detokenizer:
-    """A detokeniser that continues ``prompt_ids``. ``prompt_text`` is empty unless ``keep_prompt_text``."""
+    """A detokeniser that continues ``prompt_ids``. ``prompt_text`` is empty unless ``keep_prompt_text``.
+
+    ``shown_ids``: special tokens that are shown in any case.
+    """
     kind = PieceDetokenizer if pieces.can_concatenate else WindowDetokenizer
-    return kind(pieces, prompt_ids, skip_special_tokens=skip_special_tokens, keep_prompt_text=keep_prompt_text)
+    return kind(
+        pieces,
+        prompt_ids,
+        skip_special_tokens=skip_special_tokens,
+        keep_prompt_text=keep_prompt_text,
+        shown_ids=shown_ids,
+    )
 
 
 class PieceDetokenizer:
@@ -54,9 +68,10 @@ class PieceDetokenizer:
         *,
         skip_special_tokens: bool = True,
         keep_prompt_text: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._piece = pieces.piece
-        self._hidden = pieces.special_ids if skip_special_tokens else frozenset()
+        self._hidden = pieces.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._leading = pieces.leading
         self._at_start = True
         self._utf8 = _new_utf8_decoder("replace")
@@ -122,9 +137,11 @@ class WindowDetokenizer:
         *,
         skip_special_tokens: bool = True,
         keep_prompt_text: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._pieces = pieces
-        self._skip_special_tokens = skip_special_tokens
+        self._hidden = pieces.special_ids - shown_ids if skip_special_tokens else frozenset()
+        self._shows_some = bool(shown_ids) or not skip_special_tokens
         self._window = list(prompt_ids[-self.CONTEXT_TOKENS :])
         self._read = len(self._window)
         self._shown = self._decode(self._window)
@@ -132,7 +149,9 @@ class WindowDetokenizer:
         self.last_piece = b""
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._pieces.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        if self._shows_some:
+            token_ids = [token_id for token_id in token_ids if token_id not in self._hidden]
+        return self._pieces.decode(token_ids, skip_special_tokens=not self._shows_some)
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)

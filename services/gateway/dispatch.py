@@ -107,9 +107,9 @@ class WorkerDispatcher:
                 for delta in await self._advance(run):
                     # Only with the last one: several may come at once, and the caller may stop at one before it.
                     if delta.finish_reason is not None and run.end is not None:
-                        self._receipts.end(run.record, run.end.outcome)
+                        self._receipts.end(run.record, _outcome(run.request, run.end.outcome))
                     yield delta
-            self._receipts.end(run.record, run.end.outcome)
+            self._receipts.end(run.record, _outcome(run.request, run.end.outcome))
             if run.end.error is not None:
                 raise run.end.error
         except Exception:
@@ -380,3 +380,7 @@ def _part_output(output: pb.RequestOutput) -> PartOutput:
         prompt_logprobs=prompt or None,
     )
     return PartOutput(delta, handed_over=output.handed_over)
+
+
+def _outcome(request: GenerationRequest, outcome: str) -> str:
+    return request.stop_means if outcome == "stop" else outcome

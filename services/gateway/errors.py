@@ -49,6 +49,11 @@ _CATALOGUE: dict[ErrorCode, _Entry] = {
 }
 
 
+def invalid(param: str, problem: str) -> BatonError:
+    """The error for a field: ``problem`` continues a sentence that begins with its name."""
+    return BatonError(ErrorCode.INVALID_REQUEST, f"{param} {problem}", param=param)
+
+
 class HttpRefusal(BatonError):
     """A request that fails as HTTP, before it means anything: 405, 408, 413, 415, 431."""
 

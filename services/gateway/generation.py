@@ -35,6 +35,7 @@ class GenerationRequest:
     tenant: Tenant = ANONYMOUS
     timeout_s: float | None = None
     trace: Trace = field(default_factory=Trace)
+    stop_means: str = "stop"  # for the receipt: a choice that calls tools stops with another word
 
 
 class Dispatcher(Protocol):

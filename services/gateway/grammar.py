@@ -24,7 +24,7 @@ class Grammar:
         """As workers get it."""
         return orjson.dumps({"grammars": list(self.parts)}).decode()
 
-    def behind(self, rules: str, *others: Grammar) -> Grammar:
+    def behind(self, name: str, rules: str, *others: Grammar) -> Grammar:
         """A grammar whose first part is ``rules`` (Lark, with a start rule), which may name this one and ``others``."""
         parts = [part for grammar in (self, *others) for part in grammar.parts]
-        return Grammar(self.param, ({"name": "main", "lark_grammar": rules}, *parts))
+        return Grammar(self.param, ({"name": name, "lark_grammar": rules}, *parts))

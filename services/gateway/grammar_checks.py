@@ -15,9 +15,9 @@ from typing import IO
 import orjson
 
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.gateway.errors import invalid
 from baton.services.gateway.grammar import Grammar
 from baton.services.gateway.grammar_helper import read_frame, write_frame
-from baton.services.gateway.validation import invalid
 from baton.services.runtime.convert import MAX_GRAMMAR_BYTES
 
 NUM_HELPERS = 2

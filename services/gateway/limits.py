@@ -28,6 +28,7 @@ class Limits:
     max_logprobs: int = 20
     max_grammar_bytes: int = 256 * 1024  # of one schema, expression or grammar
     max_schema_depth: int = 100
+    max_tools: int = 128
     request_timeout_s: float | None = 600.0
     keepalive_s: float = 15.0  # a waiting stream gets a comment after so long, so that proxies keep it open
 

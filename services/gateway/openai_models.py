@@ -15,6 +15,8 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
     # Null is the same as absent, except for these.
     required: ClassVar[tuple[str, ...]] = ()
+    # Of other APIs than this one, and they would change the answer.
+    refused: ClassVar[frozenset[str]] = frozenset()
 
 
 class StreamOptions(_Body):
@@ -84,12 +86,16 @@ class ChatCompletionBody(GenerationBody):
     add_generation_prompt: bool | None = Field(None, description="Default true.")
     continue_final_message: bool | None = Field(None, description="Go on with the last message instead.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="enable_thinking, thinking: booleans.")
+    tools: Any = Field(None, description="Functions that the model may call.")
+    tool_choice: Any = Field(None, description='"auto", "none", "required", or the function that must be called.')
+    parallel_tool_calls: bool | None = Field(None, description="Default true; false: one call at most.")
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     required = ("prompt",)
+    refused = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 
     prompt: Any = Field(description="A string, a list of token ids, or a list of either.")
     logprobs: int | None = Field(None, description="Alternatives to report per token, 0 to 20.")
@@ -122,7 +128,7 @@ class DetokenizeBody(_Body):
 # Fields of other servers, or of later versions of this one, that would change the answer: refused, never ignored.
 REFUSED = frozenset(
     {
-        *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
+        *("functions", "function_call"),
         *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar"),
         *("reasoning", "reasoning_effort", "include_reasoning", "thinking_token_budget"),
         *("modalities", "audio", "prediction", "web_search_options", "prompt_embeds", "mm_processor_kwargs"),

@@ -10,6 +10,7 @@ from baton.services.core.request import SamplingParams
 from baton.services.core.tenants import Tenant
 from baton.services.gateway.generation import SloTarget
 from baton.services.gateway.grammar import Grammar
+from baton.services.gateway.reading import Reading
 from baton.services.gateway.tokenizer import ChatOptions
 
 
@@ -61,7 +62,8 @@ class GenerationOptions:
     echo: bool = False
     prompt_logprobs: bool = False  # show them in their own field
     return_token_ids: bool = False
-    grammar: Grammar | None = None  # what each choice must match; not yet tried out
+    grammar: Grammar | None = None  # what each answer must match; not yet tried out
+    reading: Reading = field(default_factory=Reading)  # what else than content a choice may hold
     cache_salt: str | None = None
     stream: bool = False
     include_usage: bool = False

@@ -19,6 +19,8 @@ from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.fan_out import merge
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.options import Caller, ChatPrompt, GenerationOptions, Prompt, TextPrompt
+from baton.services.gateway.reading import TOOL_CALLS, ChoiceReader
+from baton.services.gateway.required_output import TAIL_TOKENS, is_thinking, required_output
 from baton.services.gateway.validation import invalid
 
 _MASK = 2**64 - 1
@@ -31,6 +33,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion tokens
 
 
 @dataclass(slots=True)
@@ -52,8 +55,12 @@ class Generation:
         tenant: Tenant,
         prompts: list[list[int]],
         choices: list[_Choice],
+        *,
+        is_thinking: bool = False,
     ):
+        """``is_thinking``: the prompt has opened the model's thoughts."""
         self.options = options
+        self._is_thinking = is_thinking
         self.prompt_token_ids = prompts
         self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
         self._deps = deps
@@ -78,6 +85,7 @@ class Generation:
         if not choice.runs:
             yield self._complete(choice, assembler.feed(TokenDelta(0, (), FinishReason.LENGTH)))
             return
+        reader = None if self.options.reading.is_plain else self.options.reading.reader(is_open=self._is_thinking)
         last: ChoicePiece | None = None
         cached_tokens = 0
         async with aclosing(self._deps.dispatcher.generate(choice.request)) as deltas:
@@ -85,19 +93,31 @@ class Generation:
                 kept = _without_tokens(delta) if choice.drops_output else delta
                 piece = self._complete(choice, assembler.feed(kept))
                 self._used(len(piece.tokens))
+                is_cut = piece.finish_reason is not None and delta.finish_reason is None
+                if reader is not None:
+                    piece = self._read(reader, choice, piece)
                 if choice.is_leader and delta.cached_tokens is not None:
                     self.usage.cached_tokens += delta.cached_tokens - cached_tokens
                     cached_tokens = delta.cached_tokens
                 if piece.finish_reason is None:
                     yield piece
                     continue
-                if delta.finish_reason is None:  # a stop string: the cancellation that follows is no abort
+                if is_cut:  # by a stop string: the cancellation that follows is no abort
                     self._deps.dispatcher.finish(choice.request, piece.finish_reason)
                 last = piece
                 break
         if last is None:
             raise BatonError(ErrorCode.INTERNAL, "a generation ended without a finish reason")
         yield last  # when everything is released
+
+    def _read(self, reader: ChoiceReader, choice: _Choice, piece: ChoicePiece) -> ChoicePiece:
+        """The piece with its parts."""
+        self.usage.reasoning_tokens -= reader.num_reasoning_tokens
+        piece = reader.feed(piece)
+        self.usage.reasoning_tokens += reader.num_reasoning_tokens
+        if reader.num_calls:
+            choice.request.stop_means = TOOL_CALLS
+        return piece
 
     def _used(self, num_tokens: int) -> None:
         self.usage.completion_tokens += num_tokens
@@ -119,6 +139,7 @@ class Generation:
             choice.request.prompt_token_ids,
             skip_special_tokens=options.skip_special_tokens,
             keep_prompt_text=options.echo,
+            shown_ids=self._deps.tokenizer.special_ids_of(options.reading.shown),
         )
         hides_ends = options.skip_special_tokens and not sampling.ignore_eos
         return ChoiceAssembler(
@@ -138,7 +159,10 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
     trace.mark(Instant.ADMITTED, deps.clock())
     prompts = [await _tokenize(deps, prompt, options.prompt_param) for prompt in options.prompts]
     limits = [_max_tokens(deps, options, len(prompt)) for prompt in prompts]
-    grammar = None if options.grammar is None else await deps.grammars.check(options.grammar)
+    tail = deps.tokenizer.tail(prompts[0], TAIL_TOKENS) if options.reading.markers else ""
+    thinking = is_thinking(options.reading.markers, tail)
+    required = required_output(options, deps.tokenizer, deps.limits, thinking)
+    grammar = None if required is None else await deps.grammars.check(required)
     trace.mark(Instant.TOKENIZED, deps.clock())
     base_id = f"{caller.receipt_id[:64]}.{secrets.token_hex(8)}"
     seed = secrets.randbits(64) if options.seed is None else options.seed & _MASK
@@ -163,7 +187,7 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
         needs_run = not is_empty or (number == 0 and request.sampling.num_prompt_logprobs is not None)
         choices.append(_Choice(index, request, number == 0, needs_run, drops_output=is_empty))
     deps.tenants.charge(caller.tenant, sum(map(len, prompts)), deps.wall_clock())
-    return Generation(deps, options, caller.tenant, prompts, choices)
+    return Generation(deps, options, caller.tenant, prompts, choices, is_thinking=bool(thinking))
 
 
 def _without_tokens(delta: TokenDelta) -> TokenDelta:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import orjson
 
 from baton.services.gateway.limits import Limits
 from baton.services.gateway.options import ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -12,6 +14,7 @@ from baton.services.gateway.validation import check_token_ids, invalid
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
+_MAX_CALLS = 1024
 _PROMPT_SHAPES = "must be a string, a list of token ids, or a list of either"
 
 
@@ -63,6 +66,7 @@ def parse_chat(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> ChatPrompt:
     """The conversation of a chat request. Raises INVALID_REQUEST naming the message at fault, "messages[2].role" say."""
     if not messages:
@@ -83,6 +87,7 @@ def parse_chat(
         add_generation_prompt=not continue_final_message if add_generation_prompt is None else add_generation_prompt,
         continue_final_message=bool(continue_final_message),
         template_kwargs=dict(template_kwargs or {}),
+        tools=tools,
     )
     return ChatPrompt(list(parsed), options)
 
@@ -93,18 +98,65 @@ def _parse_message(path: str, message: dict[str, Any], knows_developer_role: boo
         raise invalid(f"{path}.role", "is required")
     if role not in _ROLES:
         raise invalid(f"{path}.role", f"must be one of {', '.join(_ROLES)}")
-    for name in ("tool_calls", "function_call", "audio"):
+    for name in ("function_call", "audio"):
         if message.get(name):
             raise invalid(f"{path}.{name}", "is not supported by this server")
     if role == "developer" and not knows_developer_role:
         role = "system"  # the newer name of the same thing; most templates know only the older one
-    parsed = {"role": role, "content": _parse_content(f"{path}.content", message.get("content"))}
+    calls = _parse_calls(f"{path}.tool_calls", role, message.get("tool_calls"))
+    content = message.get("content")
+    # Who calls tools need not say anything.
+    parsed: dict[str, Any] = {
+        "role": role,
+        "content": "" if calls and content is None else _parse_content(f"{path}.content", content),
+    }
+    if calls:
+        parsed["tool_calls"] = calls
+    if role == "assistant":
+        thought = message.get("reasoning_content", message.get("reasoning"))
+        if thought is not None and not isinstance(thought, str):
+            raise invalid(f"{path}.reasoning_content", "must be a string")
+        if thought:
+            parsed["reasoning_content"] = thought
     for name in ("name", "tool_call_id"):
         value = message.get(name)
         if value is not None:
             if not isinstance(value, str):
                 raise invalid(f"{path}.{name}", "must be a string")
             parsed[name] = value
+    return parsed
+
+
+def _parse_calls(path: str, role: str, calls: Any) -> list[dict[str, Any]]:
+    """The calls of an earlier answer; arguments become objects, as chat templates read them."""
+    if calls is None or calls == []:
+        return []
+    if role != "assistant":
+        raise invalid(path, "may only stand in messages of the assistant")
+    if not isinstance(calls, list) or len(calls) > _MAX_CALLS:
+        raise invalid(path, f"must be a list of calls, at most {_MAX_CALLS}")
+    return [_parse_call(f"{path}[{i}]", call) for i, call in enumerate(calls)]
+
+
+def _parse_call(path: str, call: Any) -> dict[str, Any]:
+    if not isinstance(call, dict) or call.get("type", "function") != "function":
+        raise invalid(f"{path}.type", 'must be "function"')
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid(f"{path}.function.name", "is required and must be a string")
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = orjson.loads(arguments)
+        except orjson.JSONDecodeError:
+            raise invalid(f"{path}.function.arguments", "must be JSON") from None
+    if not isinstance(arguments, dict):
+        raise invalid(f"{path}.function.arguments", "must be a JSON object")
+    parsed: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if call.get("id") is not None:
+        if not isinstance(call["id"], str):
+            raise invalid(f"{path}.id", "must be a string")
+        parsed["id"] = call["id"]
     return parsed
 
 

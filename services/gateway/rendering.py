@@ -53,7 +53,10 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """The usage of the whole generation."""
-        return self._usage(self.generation.usage.completion_tokens)
+        usage = self._usage(self.generation.usage.completion_tokens)
+        if self.generation.options.reading.markers is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.generation.usage.reasoning_tokens}
+        return usage
 
     def _usage(self, completion_tokens: int) -> dict[str, Any]:
         usage = self.generation.usage

@@ -122,6 +122,8 @@ class GatewayService:
                 request_timeout_s=settings.request_timeout_s,
             ),
             on_refused=self._on_refused,
+            tool_parser=settings.tool_call_parser,
+            reasoning_parser=settings.reasoning_parser,
             operations=WorkerCalls(self._registry),
         )
         stack.callback(self._deps.grammars.close)

@@ -11,10 +11,10 @@ from typing import Any
 import orjson
 from llguidance import LLMatcher
 
+from baton.services.gateway.errors import invalid
 from baton.services.gateway.grammar import Grammar
 from baton.services.gateway.limits import Limits
 from baton.services.gateway.openai_models import GenerationBody
-from baton.services.gateway.validation import invalid
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _ANY_OBJECT = {"type": "object"}

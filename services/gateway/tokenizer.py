@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ class ChatOptions:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None  # definitions, for the template
 
 
 class ModelTokenizer:
@@ -58,6 +60,26 @@ class ModelTokenizer:
     def adds_tokens_to_empty_text(self) -> bool:
         """Whether an empty prompt is at least a begin-of-sequence token."""
         return bool(self._added_prefix or self._added_suffix)
+
+    @property
+    def chat_template(self) -> str:
+        """All of the model's templates, as text to look for signs in."""
+        template = self._tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+    def rule_of(self, marker: str) -> str:
+        """How a grammar writes a marker: as its special token where it is one, else as text."""
+        token_id = self._backend.token_to_id(marker)
+        return json.dumps(marker) if token_id not in self.pieces.special_ids else f"<[{token_id}]>"
+
+    def special_ids_of(self, markers: Sequence[str]) -> frozenset[int]:
+        """Those of the markers that are special tokens."""
+        ids = {self._backend.token_to_id(marker) for marker in markers}
+        return frozenset(ids - {None}) & self.pieces.special_ids
+
+    def tail(self, token_ids: Sequence[int], num_tokens: int) -> str:
+        """The text of the last tokens, special ones shown."""
+        return self.pieces.decode(token_ids[-num_tokens:], skip_special_tokens=False)
 
     def as_json(self) -> str:
         """The tokenizer as a tokenizer.json."""
@@ -89,11 +111,20 @@ class ModelTokenizer:
         return await self._run(lambda: self.pieces.decode(self._without_added(token_ids), skip_special_tokens=False))
 
     def detokenizer(
-        self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True, keep_prompt_text: bool = False
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        keep_prompt_text: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> Detokenizer:
         """Streams the text of a generation that continues ``prompt_ids``."""
         return create_detokenizer(
-            self.pieces, prompt_ids, skip_special_tokens=skip_special_tokens, keep_prompt_text=keep_prompt_text
+            self.pieces,
+            prompt_ids,
+            skip_special_tokens=skip_special_tokens,
+            keep_prompt_text=keep_prompt_text,
+            shown_ids=shown_ids,
         )
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
@@ -107,6 +138,7 @@ class ModelTokenizer:
                 tokenize=False,
                 add_generation_prompt=options.add_generation_prompt,
                 continue_final_message=options.continue_final_message,
+                tools=None if options.tools is None else list(options.tools),
                 **options.template_kwargs,
             )
         except jinja2.exceptions.TemplateError as error:

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ValidationError
 
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import SamplingParams
+from baton.services.gateway.errors import invalid as invalid  # the rest of the gateway finds it here
 from baton.services.gateway.grammar import Grammar
 from baton.services.gateway.limits import Limits
 from baton.services.gateway.openai_models import REFUSED, GenerationBody
 from baton.services.gateway.options import GenerationOptions, Prompt
+from baton.services.gateway.reading import Reading
 from baton.services.gateway.served_model import ServedModel
 
 B = TypeVar("B", bound=BaseModel)
@@ -41,18 +43,13 @@ _TYPE_WORDS = {
 }
 
 
-def invalid(param: str, problem: str) -> BatonError:
-    """The error for a field: ``problem`` continues a sentence that begins with its name."""
-    return BatonError(ErrorCode.INVALID_REQUEST, f"{param} {problem}", param=param)
-
-
 def parse_body(kind: type[B], body: Any) -> B:
     """The body with its types checked. Raises INVALID_REQUEST naming the first field at fault, all in the message."""
     if not isinstance(body, dict):
         raise BatonError(ErrorCode.INVALID_REQUEST, "the body must be a JSON object")
     required: tuple[str, ...] = getattr(kind, "required", ())
     fields = {name: value for name, value in body.items() if value is not None or name in required}
-    for name in sorted(fields.keys() & REFUSED):
+    for name in sorted(fields.keys() & (REFUSED | getattr(kind, "refused", frozenset()))):
         raise invalid(name, "is not supported by this server")
     for name in required:
         if fields.get(name) is None:
@@ -100,6 +97,7 @@ def make_options(
     default_max_tokens: int | None = None,
     echo: bool = False,
     grammar: Grammar | None = None,
+    reading: Reading | None = None,
 ) -> GenerationOptions:
     """Checks everything that chat, completions and gRPC share, and fills in the model's defaults."""
     name = model.resolve(body.model)
@@ -112,7 +110,8 @@ def make_options(
     check_range("seed", body.seed, -(2**63), 2**63 - 1)
     check_range("priority", body.priority, -(2**31), 2**31 - 1)
     check_range("prompt_logprobs", body.prompt_logprobs, 0, limits.max_logprobs)
-    if grammar is not None:
+    must_call = reading is not None and reading.tools is not None and reading.tools.must_call
+    if grammar is not None or must_call:
         _check_can_end(body, model)
     stream = bool(body.stream)
     if body.prompt_logprobs is not None and stream:
@@ -143,6 +142,7 @@ def make_options(
         prompt_logprobs=body.prompt_logprobs is not None,
         return_token_ids=bool(body.return_token_ids),
         grammar=grammar,
+        reading=reading or Reading(),
         cache_salt=body.cache_salt,
         stream=stream,
         include_usage=include_usage,

@@ -252,6 +252,12 @@ class GatewayOptions(Settings):
         "remote",
         description="Who prefills: remote: the prefill pool, where there is one; local: the decode worker; auto: the cheaper.",
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "pythonic", "none"] = Field(
+        "auto", description="How the model writes calls of tools. auto: what its chat template gives away."
+    )
+    reasoning_parser: Literal["auto", "think", "mistral", "none"] = Field(
+        "auto", description="What stands around the model's reasoning. auto: what its chat template gives away."
+    )
     fetch: Literal["auto", "always", "off"] = Field(
         "auto", description="KV blocks that another worker holds: auto: fetched when that beats computing them."
     )

@@ -1,0 +1,1 @@
+"""Tools: what a client offers, how models write calls of them, and how calls are read as they are written."""
