@@ -93,21 +93,62 @@ def _demo() -> int:
     return run_demo()
 
 
-@app.command("status")
-def _status(
-    url: Annotated[
-        str, typer.Option(help="Where the gateway's REST API is.", envvar="BATON_URL")
-    ] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option(help="API key.", envvar="BATON_API_KEY", show_envvar=False)] = None,
-) -> int:
-    """Show the workers of a running gateway."""
-    from baton.services.local.status import show_status
-
-    return show_status(url, api_key)
-
-
 _Url = Annotated[str, typer.Option(help="Where the gateway's REST API is.", envvar="BATON_URL")]
 _Key = Annotated[str | None, typer.Option(help="API key.", envvar="BATON_API_KEY", show_envvar=False)]
+_Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
+
+
+@app.command("status")
+def _status(
+    url: _Url = "http://127.0.0.1:8000",
+    api_key: _Key = None,
+    watch: Annotated[
+        float | None, typer.Option(help="Again every so many seconds, until Ctrl-C.", metavar="SECONDS", min=0.1)
+    ] = None,
+    as_json: _Json = False,
+) -> int:
+    """Show a running gateway: readiness, requests, workers with queues and blocks, links, service levels."""
+    from baton.services.local.status import show_status
+
+    return show_status(url, api_key, watch_s=watch, as_json=as_json)
+
+
+@app.command("top")
+def _top(url: _Url = "http://127.0.0.1:8000", api_key: _Key = None) -> int:
+    """The same every second, with rates, until Ctrl-C."""
+    from baton.services.local.status import show_status
+
+    return show_status(url, api_key, watch_s=1.0)
+
+
+@app.command("explain")
+def _explain(
+    request_id: Annotated[str, typer.Argument(help="A response's id, or the x-request-id.", metavar="ID")],
+    url: _Url = "http://127.0.0.1:8000",
+    api_key: _Key = None,
+    as_json: _Json = False,
+) -> int:
+    """Show a request's receipt: where it went and why, and what each phase took."""
+    from baton.services.local.explain import explain
+
+    return explain(url, api_key, request_id, as_json=as_json)
+
+
+@app.command("chat")
+def _chat(
+    question: Annotated[str | None, typer.Argument(help="One question. Without it: a conversation.")] = None,
+    url: _Url = "http://127.0.0.1:8000",
+    api_key: _Key = None,
+    model: Annotated[str | None, typer.Option(help="Default: the model that is served.", metavar="NAME")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None,
+    session_id: Annotated[str | None, typer.Option(help="Default: a new one.", metavar="ID")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of each answer.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0, max=2)] = None,
+) -> int:
+    """Talk to a served model; with a question, or with text on standard input, one answer."""
+    from baton.services.local.chat import ChatOptions, chat
+
+    return chat(url, api_key, question, ChatOptions(model, system, session_id, max_tokens, temperature))
 
 
 @app.command("blocks")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -10,16 +9,12 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from baton.services.local.gateway_client import Answer, GatewayClient, GatewayUnreachable
-from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION
+from baton.services.local.gateway_client import GatewayClient
+from baton.services.local.gateway_command import checked, with_gateway
 
 _PAGE = 1000
 # Beyond what the worker has to drain: for the gateway's own answer.
 _ANSWER_S = 30.0
-
-
-class _Refused(Exception):
-    """The gateway said no."""
 
 
 def show_blocks(url: str, api_key: str | None, *, worker_id: str | None, overdue: bool, cached: bool) -> int:
@@ -31,7 +26,7 @@ def show_blocks(url: str, api_key: str | None, *, worker_id: str | None, overdue
         what = "overdue" if overdue else "held"
         print(f"{len(rows)} block(s) {what if not cached else 'held or cached'}")
 
-    return _with_gateway("blocks", url, api_key, 10.0, show)
+    return with_gateway("blocks", url, api_key, show)
 
 
 def drain_worker(url: str, api_key: str | None, worker_id: str, timeout_s: float) -> int:
@@ -39,17 +34,17 @@ def drain_worker(url: str, api_key: str | None, worker_id: str, timeout_s: float
 
     def drain(client: GatewayClient) -> None:
         path = f"/v1/workers/{quote(worker_id, safe='')}/drain?timeout_s={timeout_s}"
-        answer = _checked(client.post(path, None))
+        answer = checked(client.post(path, None))
         left = answer["given_up"]
         print(f"{worker_id} is drained" + (f"; {left} request(s) were handed back to go on elsewhere" if left else ""))
 
-    return _with_gateway("drain", url, api_key, timeout_s + _ANSWER_S, drain)
+    return with_gateway("drain", url, api_key, drain, timeout_s=timeout_s + _ANSWER_S)
 
 
 def client_rows(client: GatewayClient, worker_id: str | None, *, overdue: bool, cached: bool) -> list[dict[str, Any]]:
     """All pages of the ledger, each row with its worker."""
     if worker_id is None:
-        workers = [str(row["id"]) for row in _checked(client.get("/v1/workers"))["data"]]
+        workers = [str(row["id"]) for row in checked(client.get("/v1/workers"))["data"]]
     else:
         workers = [worker_id]
     query = f"overdue={str(overdue).lower()}&cached={str(cached).lower()}&limit={_PAGE}"
@@ -87,29 +82,7 @@ def _seconds(value: float | None) -> str:
 def _pages(client: GatewayClient, worker_id: str, query: str) -> Iterator[dict[str, Any]]:
     first: int | None = 0
     while first is not None:
-        page = _checked(client.get(f"/v1/workers/{quote(worker_id, safe='')}/blocks?{query}&first={first}"))
+        page = checked(client.get(f"/v1/workers/{quote(worker_id, safe='')}/blocks?{query}&first={first}"))
         for row in page["data"]:
             yield {"worker": worker_id, **row}
         first = page["next"]
-
-
-def _checked(answer: Answer) -> Any:
-    if answer.status != 200:
-        message = (answer.body or {}).get("error", {}).get("message", "")
-        raise _Refused(f"answered {answer.status}: {message}")
-    return answer.body
-
-
-def _with_gateway(command: str, url: str, api_key: str | None, timeout_s: float, use: Any) -> int:
-    try:
-        use(GatewayClient.from_url(url, api_key=api_key, timeout_s=timeout_s))
-    except ValueError as error:
-        sys.stderr.write(f"baton {command}: --url: {error}\n")
-        return EXIT_BAD_CONFIGURATION
-    except GatewayUnreachable as error:
-        sys.stderr.write(f"baton {command}: no gateway answers at {url}: {error}\n")
-        return 1
-    except _Refused as error:
-        sys.stderr.write(f"baton {command}: {url} {error}\n")
-        return 1
-    return 0

@@ -31,6 +31,7 @@ class ScriptedServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of streams
     headers: list[dict[str, str]] = field(default_factory=list)
     transports: list[Any] = field(default_factory=list)  # of every connection
+    num_open: int = 0
 
     def next_act(self) -> str:
         return self.script[min(len(self.bodies) - 1, len(self.script) - 1)]
@@ -57,9 +58,12 @@ async def _serve(server: ScriptedServer, stop: asyncio.Event, is_up: Future[asyn
     is_up.set_result(loop)
     await stop.wait()
     listener.close()
+    # Connections that were just accepted are tasks of the loop; each has its transport when it is done.
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
     for transport in server.transports:
         transport.abort()
-    await asyncio.sleep(0)  # the loop closes what was aborted
+    while server.num_open:
+        await asyncio.sleep(0)
 
 
 class _Protocol(asyncio.Protocol):
@@ -74,6 +78,10 @@ class _Protocol(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         self._server.transports.append(transport)
+        self._server.num_open += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.num_open -= 1
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)

@@ -8,6 +8,7 @@ import json
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from baton.services.local.blocks import drain_worker, show_blocks
 from baton.services.local.bundled import BUNDLED_MODEL, BUNDLED_MODEL_NAME, with_model
 from baton.services.local.demo import DemoFailed, check, make_question, receipt_table
 from baton.services.local.gateway_client import GatewayClient, GatewayUnreachable
-from baton.services.local.status import show_status, workers_table
+from baton.services.local.status import render, show_status, take, workers_table
 from baton.services.runtime.settings import ServeSettings
 from baton.services.runtime.settings_loader import SettingsError, load_settings
 
@@ -27,6 +28,24 @@ WORKER = {
     "id": "decode-0", "role": "decode", "state": "ready", "address": "127.0.0.1:4000", "pid": 77, "queued": 3, "running": 12,
     "kv_blocks": {"total": 4096, "free": 4000, "cached": 60, "request": 30, "transfer": 6, "quarantine": 0}, "overdue": 1,
 }  # fmt: skip
+LINK = {
+    "decode": "decode-0", "state": "verified", "transport": "shm", "rtt_ms": 2.6, "gb_per_s": 0.36, "breaker": "closed",
+    "transfers": 7, "failures": 0, "reason": None,
+}  # fmt: skip
+BAD_LINK = LINK | {"decode": "decode-1", "state": "failed", "breaker": "open", "reason": "no route", "rtt_ms": None}
+PREFILL = WORKER | {"id": "prefill-0", "role": "prefill", "links": [LINK, BAD_LINK]}
+METRICS = b"""# HELP baton_slo_met_total x
+baton_slo_met_total{class="interactive"} 6.0
+baton_slo_missed_total{class="interactive",reason="ttft"} 1.0
+baton_slo_missed_total{class="interactive",reason="tpot"} 1.0
+baton_requests_total{outcome="stop"} 6.0
+baton_requests_total{outcome="length"} 4.0
+baton_tokens_total{kind="prompt"} 500.0
+baton_tokens_total{kind="cached"} 100.0
+baton_tokens_total{kind="completion"} 40.0
+baton_gateway_requests_in_flight 3.0
+baton_queued_requests 2.0
+"""
 RECEIPT: dict[str, Any] = {
     "id": "chatcmpl-1",
     "outcome": "stop",
@@ -116,12 +135,51 @@ def test_status_shows_every_block_state(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     url, answers, _ = gateway
-    answers["/v1/workers"] = (200, json.dumps({"object": "list", "data": [WORKER]}).encode())
+    answers["/v1/workers"] = (200, json.dumps({"object": "list", "data": [WORKER, PREFILL]}).encode())
+    answers["/ready"] = (200, b'{"status": "ready", "reason": "degraded: x"}')
+    answers["/metrics"] = (200, METRICS)
     assert show_status(url, None) == 0
     shown = capsys.readouterr().out
     for text in ("decode-0", "ready", "127.0.0.1:4000", "4,096", "4,000", "60", "30", "quarantine"):
         assert text in shown
+    for text in (
+        "gateway: ready (degraded: x)",
+        "3 in flight, 2 queued; ended: length 4, stop 6",
+        "500 prompt (20% cached)",
+    ):
+        assert text in shown
+    for text in ("verified", "shm", "0.36", "failed, breaker open", "no route"):
+        assert text in shown
+    for text in ("interactive", "met, %", "by tpot", "75.0", "by ttft"):
+        assert text in shown
     assert rendered(workers_table([])).count("worker") == 1
+
+
+def test_status_for_programs_has_sums_by_class_and_reason(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    url, answers, _ = gateway
+    answers["/v1/workers"] = (200, json.dumps({"object": "list", "data": [WORKER]}).encode())
+    answers["/ready"] = (
+        503,
+        b'{"error": {"message": "no decode worker is ready", "type": "x", "param": null, "code": "y"}}',
+    )
+    answers["/metrics"] = (200, METRICS)
+    assert show_status(url, None, as_json=True) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert (state["ready"], state["reason"]) == (False, "no decode worker is ready")
+    assert state["slo_met"] == {"interactive": 6.0}
+    assert state["slo_missed_by"] == {"ttft": 1.0, "tpot": 1.0}
+    assert state["workers"][0]["id"] == "decode-0"
+
+
+def test_rates_are_differences_of_two_samples(gateway: Gateway) -> None:
+    url, answers, _ = gateway
+    answers["/v1/workers"] = (200, b'{"object": "list", "data": []}')
+    answers["/ready"] = (200, b"{}")
+    answers["/metrics"] = (200, METRICS)
+    before = take(GatewayClient.from_url(url))
+    now = replace(before, at_s=before.at_s + 2.0, metrics={key: value * 3 for key, value in before.metrics.items()})
+    assert "lately: 10.0 requests/s, 500 prompt and 40 completion tokens/s" in rendered(render(now, before))
+    assert "lately" not in rendered(render(now, None))
 
 
 def test_status_passes_on_a_refusal(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
