@@ -57,9 +57,10 @@ async def _serve(server: ScriptedServer, stop: asyncio.Event, is_up: Future[asyn
     server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     is_up.set_result(loop)
     await stop.wait()
+    # A connection that was just accepted is a task of the loop, which needs its listener to become a transport.
+    while accepting := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.gather(*accepting)
     listener.close()
-    # Connections that were just accepted are tasks of the loop; each has its transport when it is done.
-    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
     for transport in server.transports:
         transport.abort()
     while server.num_open:
