@@ -151,6 +151,33 @@ def _chat(
     return chat(url, api_key, question, ChatOptions(model, system, session_id, max_tokens, temperature))
 
 
+@app.command("doctor")
+def _doctor(
+    model: Annotated[str | None, typer.Option(help="Model folder. Default: the bundled one.", metavar="DIR")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running gateway. Default: the one at --host and --port.", envvar="BATON_URL")
+    ] = None,
+    api_key: _Key = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.", envvar="BATON_HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="REST port.", envvar="BATON_PORT", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port.", envvar="BATON_GRPC_PORT", min=1, max=65535)] = 8001,
+    kv_cache_memory: Annotated[str, typer.Option(help="Of each worker.", metavar="SIZE")] = "1GiB",
+    as_json: _Json = False,
+) -> int:
+    """Check this machine, a model folder and a running gateway; say how to mend what is wrong."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from baton.services.local.doctor import Questions, doctor
+    from baton.services.runtime.net import format_address
+
+    try:
+        kv_cache_bytes = TypeAdapter(ByteSize).validate_python(kv_cache_memory)
+    except ValidationError:
+        raise SettingsError([f"--kv-cache-memory: not a size: {kv_cache_memory}"]) from None
+    url = url or f"http://{format_address(host, port)}"
+    return doctor(Questions(model, url, api_key, host, port, grpc_port, kv_cache_bytes), as_json=as_json)
+
+
 @app.command("blocks")
 def _blocks(
     url: _Url = "http://127.0.0.1:8000",

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = "baton-serve-"
@@ -19,7 +20,8 @@ class PrivateDirectory:
     """Readable by this user only. A lock, which ends with the process however it ends, marks it as in use."""
 
     def __init__(self) -> None:
-        _remove_abandoned()
+        for abandoned in abandoned_directories():
+            shutil.rmtree(abandoned, ignore_errors=True)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -36,8 +38,8 @@ class PrivateDirectory:
         os.close(self._lock)
 
 
-def _remove_abandoned() -> None:
-    """What killed processes of this user could not remove themselves."""
+def abandoned_directories() -> Iterator[Path]:
+    """What killed processes of this user could not remove themselves. Locked while the caller looks at it."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             status = directory.lstat()
@@ -51,6 +53,6 @@ def _remove_abandoned() -> None:
         except OSError:  # in use
             continue
         else:
-            shutil.rmtree(directory, ignore_errors=True)
+            yield directory
         finally:
             os.close(lock)
