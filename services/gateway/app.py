@@ -39,7 +39,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return public_error(error).response()
+    return public_error(error).response(request.scope["path"])
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -48,10 +48,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     path = request.scope["path"][:_MAX_PATH_CHARS_SHOWN]
     if error.status_code == 404:
         message = f"There is nothing at {path!r}."
-        return public_error(BatonError(ErrorCode.NOT_FOUND, message)).response()
+        return public_error(BatonError(ErrorCode.NOT_FOUND, message)).response(path)
     if error.status_code == 405:
         refusal = HttpRefusal(405, "method_not_allowed", f"{path!r} does not take {request.method}.")
-        response = public_error(refusal).response()
+        response = public_error(refusal).response(path)
         response.headers.update(error.headers or {})  # Allow
         return response
     return public_error(HttpRefusal(error.status_code, "http_error", "The request was refused.")).response()

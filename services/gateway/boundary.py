@@ -18,7 +18,7 @@ from baton.services.gateway.errors import HttpRefusal, public_error
 from baton.services.gateway.generation import SloTarget
 from baton.services.gateway.validation import invalid
 
-GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_CHARS = 128
 
@@ -92,7 +92,7 @@ class Boundary:
             # The application answers a BatonError itself: this one came before it.
             if isinstance(error, BatonError) and is_generation:
                 self._deps.on_refused(Refusal(state["request_id"], error.code, SloTarget()))
-            await public_error(error).response()(scope, receive, send_with_id)
+            await public_error(error).response(scope["path"])(scope, receive, send_with_id)
 
     def _check(self, scope: Scope) -> str | None:
         """The client's request id, if it sent one."""

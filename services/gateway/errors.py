@@ -25,6 +25,16 @@ class _Entry:
     public_message: str | None = None
 
 
+ANTHROPIC_PATHS = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _LATER = "Please try again shortly."
 _CATALOGUE: dict[ErrorCode, _Entry] = {
     ErrorCode.INVALID_REQUEST: _Entry(400, "invalid_request_error"),
@@ -79,7 +89,13 @@ class PublicError:
         fields = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return orjson.dumps({"error": fields})
 
-    def response(self) -> Response:
+    def anthropic_body(self) -> bytes:
+        """The same as Anthropic writes it."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return orjson.dumps({"type": "error", "error": {"type": kind, "message": self.message}})
+
+    def response(self, path: str = "") -> Response:
+        """``path``: what was asked for; clients of Anthropic's API are answered in its form."""
         headers = {}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -89,7 +105,8 @@ class PublicError:
             headers["x-should-retry"] = "false"
         if self.status in (408, 413, 431):  # the rest of the request is not read
             headers["connection"] = "close"
-        return Response(self.body(), self.status, headers, "application/json")
+        body = self.anthropic_body() if path.startswith(ANTHROPIC_PATHS) else self.body()
+        return Response(body, self.status, headers, "application/json")
 
 
 def public_error(error: BaseException) -> PublicError:

@@ -10,11 +10,15 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.gateway.anthropic_answer import MessagesAnswer
 from baton.services.gateway.boundary import MAX_REQUEST_ID_CHARS
 from baton.services.gateway.chat import ChatAnswer
 from baton.services.gateway.completions import CompletionAnswer
 from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.errors import PublicError
+from baton.services.gateway.responses_answer import ResponsesAnswer
+
+_ID_PREFIXES = tuple(kind.id_prefix for kind in (ChatAnswer, CompletionAnswer, ResponsesAnswer, MessagesAnswer))
 
 
 def info_router(deps: GatewayDeps) -> APIRouter:
@@ -48,7 +52,7 @@ def info_router(deps: GatewayDeps) -> APIRouter:
     async def get_receipt(request_id: str) -> Response:
         """The receipt of a request, by response id or x-request-id."""
         receipt = deps.receipt(request_id)
-        for prefix in (ChatAnswer.id_prefix, CompletionAnswer.id_prefix):
+        for prefix in _ID_PREFIXES:
             if receipt is None and request_id.startswith(prefix):
                 receipt = deps.receipt(request_id.removeprefix(prefix))
         if receipt is None:

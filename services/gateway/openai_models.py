@@ -11,22 +11,26 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What all bodies have in common."""
+
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
     # Null is the same as absent, except for these.
     required: ClassVar[tuple[str, ...]] = ()
     # Of other APIs than this one, and they would change the answer.
     refused: ClassVar[frozenset[str]] = frozenset()
+    # Of what is refused elsewhere, what this API has.
+    accepted: ClassVar[frozenset[str]] = frozenset()
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream carries besides text."""
 
     include_usage: bool | None = Field(None, description="A last chunk with the usage.")
     continuous_usage_stats: bool | None = Field(None, description="Usage so far in every chunk; with include_usage.")
 
 
-class SloBody(_Body):
+class SloBody(Body):
     """Targets of one request."""
 
     class_: str | None = Field(None, alias="class", description="interactive, standard or batch.")
@@ -34,7 +38,7 @@ class SloBody(_Body):
     tpot_ms: float | None = Field(None, description="Time per output token in ms.")
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What chat and completion requests share."""
 
     model: str | None = Field(None, description="Default: the model that is served.")
@@ -103,7 +107,7 @@ class CompletionBody(GenerationBody):
     best_of: int | None = Field(None, description="Only the value of n.")
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     """POST /tokenize: a prompt or a conversation."""
 
     model: str | None = None
@@ -116,7 +120,7 @@ class TokenizeBody(_Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body):
     """POST /detokenize."""
 
     required = ("tokens",)

@@ -157,7 +157,7 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
     trace = Trace()
     trace.mark(Instant.RECEIVED, caller.received_s)
     trace.mark(Instant.ADMITTED, deps.clock())
-    prompts = [await _tokenize(deps, prompt, options.prompt_param) for prompt in options.prompts]
+    prompts = [await tokenize(deps, prompt, options.prompt_param) for prompt in options.prompts]
     limits = [_max_tokens(deps, options, len(prompt)) for prompt in prompts]
     tail = deps.tokenizer.tail(prompts[0], TAIL_TOKENS) if options.reading.markers else ""
     thinking = is_thinking(options.reading.markers, tail)
@@ -221,7 +221,8 @@ def _sampling(
     )
 
 
-async def _tokenize(deps: GatewayDeps, prompt: Prompt, param: str) -> list[int]:
+async def tokenize(deps: GatewayDeps, prompt: Prompt, param: str) -> list[int]:
+    """Token ids of a prompt. Raises BatonError where it is empty or too long."""
     max_model_len = deps.model.max_model_len
     if isinstance(prompt, ChatPrompt):
         token_ids = await deps.tokenizer.encode_chat(prompt.messages, prompt.options, max_tokens=max_model_len)

@@ -10,6 +10,7 @@ import orjson
 from baton.services.gateway.choice import OutputToken
 from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.pipeline import Generation
+from baton.services.gateway.sse import OPENAI, Form
 
 
 class ChunkText:
@@ -41,6 +42,11 @@ class Answer:
         self._id = self.id_prefix + receipt_id
         self._created = int(deps.wall_clock())
         self._num_streamed = 0
+
+    @property
+    def form(self) -> Form:
+        """How a stream of it fails and ends."""
+        return OPENAI
 
     def envelope(self, object_name: str) -> dict[str, Any]:
         """The fields that come first."""

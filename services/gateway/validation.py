@@ -49,7 +49,8 @@ def parse_body(kind: type[B], body: Any) -> B:
         raise BatonError(ErrorCode.INVALID_REQUEST, "the body must be a JSON object")
     required: tuple[str, ...] = getattr(kind, "required", ())
     fields = {name: value for name, value in body.items() if value is not None or name in required}
-    for name in sorted(fields.keys() & (REFUSED | getattr(kind, "refused", frozenset()))):
+    refused = (REFUSED - getattr(kind, "accepted", frozenset())) | getattr(kind, "refused", frozenset())
+    for name in sorted(fields.keys() & refused):
         raise invalid(name, "is not supported by this server")
     for name in required:
         if fields.get(name) is None:
