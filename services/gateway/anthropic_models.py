@@ -34,6 +34,7 @@ class MessagesBody(CountTokensBody):
     top_p: float | None = Field(None, description="Above 0 to 1.")
     top_k: int | None = Field(None, description="-1 and 0 are off.")
     output_config: dict[str, Any] | None = Field(None, description='{"format": {"type": "json_schema", "schema"}}.')
+    logit_bias: dict[str, float] | None = Field(None, description="Token id to bias.")
     seed: int | None = Field(None, description="Equal seeds give equal answers.")
     min_tokens: int | None = Field(None, description="No end before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on behind the end-of-sequence token.")

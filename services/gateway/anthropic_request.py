@@ -26,6 +26,7 @@ _SAME = (
     "ignore_eos",
     "cache_salt",
     "session_id",
+    "logit_bias",
 )
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # What the shared checks call a field, and what it is called here.

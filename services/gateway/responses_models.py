@@ -45,6 +45,7 @@ class ResponsesBody(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
     stop: Any = None
     ignore_eos: bool | None = None

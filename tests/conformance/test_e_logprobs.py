@@ -107,3 +107,16 @@ def test_b086_values_do_not_depend_on_temperature(api: Api) -> None:
     assert [one["token"] for one in hot[0]["top_logprobs"]] == [one["token"] for one in greedy[0]["top_logprobs"]]
     values = [[one["logprob"] for one in entries[0]["top_logprobs"]] for entries in (hot, greedy)]
     assert values[0] == pytest.approx(values[1], abs=1e-3)
+
+
+def test_b086_under_a_constraint_values_stay_finite_and_raw(api: Api) -> None:
+    """What the constraint forbids keeps its logprob, so that the chosen token need not be among the likeliest."""
+    fields = {"structured_outputs": {"choice": ["zebra"]}, "logprobs": True, "top_logprobs": 5, "ignore_eos": False}
+    if api.post(CHAT, api.body(CHAT, **fields)).status_code != 200:
+        pytest.skip("the server has no structured_outputs")
+    entries, text = chat_entries(api, 5, **fields)
+    assert text == "zebra"
+    for entry in entries:
+        assert all(-9999.0 <= value["logprob"] <= 0 for value in (*entry["top_logprobs"], entry))
+    free, _ = chat_entries(api, 5, max_tokens=1)
+    assert entries[0]["top_logprobs"] == free[0]["top_logprobs"]

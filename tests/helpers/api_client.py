@@ -123,6 +123,10 @@ class Api:
         assert response.status_code == 200, response.text
         return list(response.json()["tokens"])
 
+    def without_space(self) -> dict[str, float]:
+        """A logit bias against white space, which small models like to fill JSON with."""
+        return {str(token): -100.0 for text in (" ", "  ", "\n", "\t", "\r") for token in self.tokenize(text)}
+
     def context_length(self) -> int:
         if self.max_model_len is None:
             pytest.skip("the server does not tell its context length (max_model_len in /v1/models)")

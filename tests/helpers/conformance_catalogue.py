@@ -77,7 +77,6 @@ ELSEWHERE: dict[int, Elsewhere] = {
 }
 
 NOT_BUILT: dict[int, str] = {
-    **dict.fromkeys((25, 26, 27, 28, 64, 65), "tools, reasoning and structured outputs are not built yet"),
     98: "sessions do not retain their blocks under a flood yet",
     99: "sessions cannot be closed yet",
     100: "sessions have no time to live yet",

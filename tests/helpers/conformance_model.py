@@ -28,7 +28,10 @@ CHAT_TEMPLATE = """\
 {{- '<|end|>' -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>' -}}
+{%- if enable_thinking is defined and not enable_thinking -%}{{- '<think></think>' -}}{%- endif -%}
+{%- endif -%}
 """
 
 
