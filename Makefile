@@ -31,6 +31,7 @@ SEEDS ?= 1000
 FIRST ?= 0
 FRAMES ?= 100000
 SEED ?= 1
+EXAMPLES ?= 300
 
 .PHONY: help
 help: ## list the targets
@@ -47,7 +48,7 @@ demo: $(VENV)/.serve ## one question through both pools, its answer and receipt
 
 # ---- develop ---------------------------------------------------------------------------------------------------------
 
-.PHONY: setup test sim explore check conformance fuzz bench chaos gpu-check proto clean $(CHECKS)
+.PHONY: setup test sim explore check conformance fuzz fuzz-api bench chaos gpu-check proto clean $(CHECKS)
 setup: $(VENV)/.dev ## make the environment with everything that developing needs
 
 # One compute thread per process: with two test processes and their children on two cores, more only wait for each other.
@@ -89,6 +90,9 @@ conformance: $(VENV)/.dev ## what an OpenAI-compatible server has to do; BASE_UR
 
 fuzz: $(VENV)/.dev ## hostile frames and calls against a transfer agent; FRAMES=100000 SEED=1
 	BATON_FUZZ_FRAMES=$(FRAMES) BATON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -n0 -s -q $(ARGS)
+
+fuzz-api: $(VENV)/.dev ## requests drawn from the OpenAPI page, with no error of the server; EXAMPLES=300 for each route
+	BATON_API_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/gateway/test_openapi_cases.py -n0 -q $(ARGS)
 
 bench: $(VENV)/.dev ## benchmarks: a table, and JSON in bench-results/
 	$(BIN)/python -P -m baton.load.bench $(ARGS)

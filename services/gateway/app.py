@@ -12,6 +12,7 @@ from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.errors import HttpRefusal, public_error
 from baton.services.gateway.generation_routes import generation_router
 from baton.services.gateway.info_routes import info_router
+from baton.services.gateway.openapi import ERROR_RESPONSES
 from baton.services.gateway.sse import ClientGoneError
 from baton.services.gateway.text_routes import text_router
 from baton.services.gateway.worker_routes import worker_router
@@ -24,6 +25,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     app = FastAPI(
         title="Baton",
         description="Disaggregated LLM serving, OpenAI-compatible.",
+        responses=dict(ERROR_RESPONSES),
         openapi_url=None,  # its route and the pages on it would be open; ours is a route like the others
     )
     app.include_router(generation_router(deps))

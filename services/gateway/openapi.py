@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_OPENAI_ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {"message": _TEXT, "type": _TEXT, "param": {"type": ["string", "null"]}, "code": _TEXT},
+        }
+    },
+}
+_ANTHROPIC_ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {"type": "object", "required": ["type", "message"], "properties": {"type": _TEXT, "message": _TEXT}},
+    },
+}
+_ERROR_CONTENT = {"application/json": {"schema": {"anyOf": [_OPENAI_ERROR, _ANTHROPIC_ERROR]}}}
+# Of every route.
+ERROR_RESPONSES: Mapping[int | str, dict[str, Any]] = {
+    "4XX": {"description": "Refused: the error says why, and which field is at fault.", "content": _ERROR_CONTENT},
+    "503": {"description": "Not now: see Retry-After.", "content": _ERROR_CONTENT},
+}
 
 
 @cache

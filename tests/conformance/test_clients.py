@@ -61,6 +61,7 @@ def chain(api: Api) -> Any:
         max_retries=0,
         temperature=0,
         max_tokens=100,
+        logit_bias={int(token): int(bias) for token, bias in api.without_space().items()},
     )  # type: ignore[call-arg]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -27,19 +26,8 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def gateway() -> Gateway:
-    return make_gateway()
-
-
-@pytest.fixture
 def tool_gateway() -> Gateway:
     return make_gateway(tokenizer=ModelTokenizer(tiny_tokenizers.as_transformers(chat_template=TOOL_TEMPLATE)))
-
-
-@pytest.fixture
-async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with gateway.client() as client:
-        yield client
 
 
 def prompt_of(gateway: Gateway) -> str:
