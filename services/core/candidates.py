@@ -95,6 +95,7 @@ class Candidate(NamedTuple):
     interference_s: float = 0.0  # time that it costs after the first token: itself, and the streams beside it
     fetch: FetchPlan | None = None  # what the worker that prefills gets from a third one first
     num_misses: int = 0  # targets that are predicted to be missed: its own, and those of the streams beside it
+    curiosity_s: float = 0.0  # what is given for learning the worker's speed
 
     @property
     def ttft_s(self) -> float:
@@ -104,7 +105,7 @@ class Candidate(NamedTuple):
 
     @property
     def price_s(self) -> float:
-        return self.ttft_s + self.interference_s
+        return self.ttft_s + self.interference_s - self.curiosity_s
 
     @property
     def workers(self) -> tuple[WorkerView, ...]:

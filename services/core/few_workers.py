@@ -97,10 +97,14 @@ def _candidate(way: _Way, request: RoutedRequest) -> Candidate:
             decode.crowding_s + decode.queue_s,
             plan,
             num_misses,
+            prefill.curiosity * prefill_s,
         )
     mode = Mode.LOCAL if decode.view.role is Role.DECODE else Mode.COLOCATED
     interference_s = decode.crowding_s + stall_s
-    return Candidate(mode, decode.view, None, decode.queue_s, prefill_s, 0.0, tail[3], interference_s, plan, num_misses)
+    worth_s = decode.curiosity * prefill_s
+    return Candidate(
+        mode, decode.view, None, decode.queue_s, prefill_s, 0.0, tail[3], interference_s, plan, num_misses, worth_s
+    )
 
 
 def _tails(request: RoutedRequest, few: Few) -> list[_Tail]:
@@ -153,7 +157,8 @@ def _remote(request: RoutedRequest, few: Few, tails: Sequence[_Tail], fetches: _
             rank += transfer_s
             num_misses = 0
             if has_targets:
-                num_misses = num_missed(request, start_s + transfer_s + tail[3], decode.view, decode.running)
+                ttft_s = start_s + prefill.curiosity * prefill_s + transfer_s + tail[3]
+                num_misses = num_missed(request, ttft_s, decode.view, decode.running)
                 rank += num_misses * _MISS_S
             if rank < limit:
                 ways.append((rank, len(ways), head, tail, prefill_s, transfer_s, 0.0, num_misses, fetch))
@@ -178,7 +183,7 @@ def _local(request: RoutedRequest, tails: Sequence[_Tail], fetches: _Fetches) ->
         if has_targets:
             ttft_s = decode.queue_s + fetch_s + prefill_s + wait_s
             num_misses += num_missed(request, ttft_s, decode.view, decode.running)
-        rank = load_s + fetch_s + prefill_s + stall_s + num_misses * _MISS_S
+        rank = load_s + fetch_s + prefill_s + stall_s - decode.curiosity * prefill_s + num_misses * _MISS_S
         ways.append((rank, order, None, tail, prefill_s, 0.0, stall_s, num_misses, fetch))
     if len(ways) > 1:
         ways.sort()
@@ -216,6 +221,7 @@ class _Fetches:
             queue_s = seat.queue_s
             prefill_s, fetch = self.prefill_s(seat, quickest_s - queue_s)
             start_s = queue_s + prefill_s if fetch is None else queue_s + fetch[0] + prefill_s
+            start_s -= seat.curiosity * prefill_s
             heads.append((start_s, len(heads), seat, prefill_s, fetch))
             if start_s < quickest_s:
                 quickest_s = start_s

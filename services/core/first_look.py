@@ -19,9 +19,8 @@ _REASON = "cheapest of the prefill/decode pairs that are likely to be"
 _make = Candidate._make  # a fraction of the time of a call with names
 
 _Start: TypeAlias = tuple[float, int, Seat, float, FetchPlan | None]  # start_s, order, who prefills, prefill_s, fetch
-_Pair: TypeAlias = tuple[
-    float, int, _Start, Seat, float, float
-]  # price_s, order, start, who decodes, transfer_s, wait_s
+# price_s, order, start, who decodes, transfer_s, wait_s, num_cached
+_Pair: TypeAlias = tuple[float, int, _Start, Seat, float, float, int]
 
 
 def first_look(
@@ -53,7 +52,7 @@ def first_look(
     if holder is not None:
         num_left = num_tokens - held * size
         prefill_s = holder.prefill_s(num_left if num_left > 0 else 1)
-        quickest_s = holder.queue_s + prefill_s
+        quickest_s = holder.queue_s + prefill_s - holder.curiosity * prefill_s
         starts.append((quickest_s, 0, holder, prefill_s, None))
     num_left = num_tokens - held * size
     for lane in fleet.prefill_lanes:
@@ -63,8 +62,7 @@ def first_look(
         queue_s, num_cached, fetch = seat.queue_s, 0, None
         # With all blocks that there are it might be quicker than the holder; else it is at most the runner-up.
         if held and queue_s + seat.prefill_s(num_left if num_left > 0 else 1) < quickest_s:
-            if bit := index.bits.get(seat.worker_id):
-                num_cached = index.depth(block_names, bit)
+            num_cached = _depth(index, block_names, seat)
             fetch = _fetch(request, links, holder or other_holder, seat, held, num_cached)
         if fetch is None:
             num_uncached = num_tokens - num_cached * size
@@ -72,7 +70,8 @@ def first_look(
         else:
             queue_s += fetch.fetch_s
             prefill_s = seat.prefill_s(num_tokens - fetch.num_blocks * size)
-        starts.append((queue_s + prefill_s, len(starts), seat, prefill_s, fetch))
+        start_s = queue_s + prefill_s - seat.curiosity * prefill_s
+        starts.append((start_s, len(starts), seat, prefill_s, fetch))
     if not starts:
         return None
     starts.sort()
@@ -86,25 +85,33 @@ def first_look(
         tails.append(near)
     pairs: list[_Pair] = []
     for seat in tails:
-        pair = _pair(request, links, start, seat, held if seat is other_holder else 0, len(pairs))
+        num_cached = held if seat is other_holder else held and _depth(index, block_names, seat)
+        pair = _pair(request, links, start, seat, num_cached, len(pairs))
         if pair is not None:
             pairs.append(pair)
     if not pairs:
         return None
     pairs.sort()
-    _, _, _, decode, _, wait_s = best = pairs[0]
+    _, _, _, decode, _, wait_s, num_cached = best = pairs[0]
     if len(starts) > 1:
-        pair = _pair(request, links, starts[1], decode, held if decode is other_holder else 0, len(pairs))
+        pair = _pair(request, links, starts[1], decode, num_cached, len(pairs))
         if pair is not None:
             pairs.append(pair)
             pairs[1:] = sorted(pairs[1:])
-    if request.ttft_target_s is not None and start[0] + best[4] + wait_s > request.ttft_target_s:
-        return None
+    if request.ttft_target_s is not None:
+        ttft_s = start[0] + start[2].curiosity * start[3] + best[4] + wait_s
+        if ttft_s > request.ttft_target_s:
+            return None
     if request.tpot_target_s is not None and decode.view.cost.step_s(decode.running + 1) > request.tpot_target_s:
         return None
-    other_way = _local(request, decode, held if decode is other_holder else 0, wait_s)
+    other_way = _local(request, decode, num_cached, wait_s)
     runner_up = _remote(pairs[1]) if len(pairs) > 1 else other_way
     return RoutingDecision(_remote(best), runner_up, _REASON, other_way)
+
+
+def _depth(index: PrefixIndex, block_names: Sequence[bytes], seat: Seat) -> int:
+    bit = index.bits.get(seat.worker_id)
+    return index.depth(block_names, bit) if bit else 0
 
 
 def _pair(
@@ -131,7 +138,7 @@ def _pair(
     if num_sent * size > max_num_tokens and num_tokens > max_num_tokens:
         num_sent = -(-max_num_tokens // size)
     transfer_s = cost.fixed_s + num_sent * request.block_bytes / cost.bytes_per_s
-    return start[0] + decode.load_s + transfer_s, order, start, decode, transfer_s, decode.wait_s
+    return start[0] + decode.load_s + transfer_s, order, start, decode, transfer_s, decode.wait_s, num_cached
 
 
 def _fetch(
@@ -161,8 +168,9 @@ def _fetch(
 
 
 def _remote(pair: _Pair) -> Candidate:
-    _, _, (_, _, prefill, prefill_s, fetch), decode, transfer_s, wait_s = pair
+    _, _, (_, _, prefill, prefill_s, fetch), decode, transfer_s, wait_s, _ = pair
     interference_s = decode.crowding_s + decode.queue_s
+    worth_s = prefill.curiosity * prefill_s
     return _make(
         (
             Mode.REMOTE,
@@ -175,6 +183,7 @@ def _remote(pair: _Pair) -> Candidate:
             interference_s,
             fetch,
             0,
+            worth_s,
         )
     )
 
@@ -184,4 +193,5 @@ def _local(request: RoutedRequest, decode: Seat, num_cached: int, wait_s: float)
     num_left = request.num_tokens - num_cached * request.block_size
     prefill_s = decode.prefill_s(num_left if num_left > 0 else 1)
     stall_s = prefill_s * decode.running + decode.crowding_s
-    return _make((Mode.LOCAL, decode.view, None, decode.queue_s, prefill_s, 0.0, wait_s, stall_s, None, 0))
+    worth_s = decode.curiosity * prefill_s
+    return _make((Mode.LOCAL, decode.view, None, decode.queue_s, prefill_s, 0.0, wait_s, stall_s, None, 0, worth_s))

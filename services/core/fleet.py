@@ -33,6 +33,7 @@ class Seat:
 
     __slots__ = (
         "crowding_s",
+        "curiosity",
         "curve",
         "floor_s",
         "host_id",
@@ -67,6 +68,7 @@ class Seat:
         self.token_s = view.cost.prefill_s_per_token
         self.floor_s = view.cost.prefill_floor_s
         self.curve = view.cost.curve
+        self.curiosity = view.cost.curiosity
         self.set_load(view.queued_tokens, view.running)
 
     def set_load(self, queued_tokens: int, running: int) -> None:

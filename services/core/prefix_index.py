@@ -131,7 +131,9 @@ class PrefixIndex:
     def depth(self, names: Sequence[bytes], bit: int) -> int:
         """How many of the first blocks one worker holds."""
         known = self._by_name.get
-        low, high = 0, len(names) + 1
+        if not known(names[0], 0) & bit:
+            return 0
+        low, high = 1, len(names) + 1
         while high - low > 1:
             middle = (low + high) >> 1
             if known(names[middle - 1], 0) & bit:

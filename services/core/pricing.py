@@ -38,9 +38,8 @@ def price_local(
         interference_s=stall_s + crowding_s(decoder, decoder.running),
         fetch=fetch,
     )
-    return candidate._replace(
-        num_misses=num_disturbed + num_missed(request, candidate.ttft_s, decoder, decoder.running)
-    )
+    num_own = num_missed(request, candidate.ttft_s, decoder, decoder.running)
+    return candidate._replace(num_misses=num_disturbed + num_own, curiosity_s=decoder.cost.curiosity * prefill_s)
 
 
 def price_remote(
@@ -70,7 +69,10 @@ def price_remote(
         interference_s=crowding_s(decoder, decoder.running) + backlog_s(decoder, decoder.queued_tokens),
         fetch=fetch,
     )
-    return candidate._replace(num_misses=num_missed(request, candidate.ttft_s, decoder, decoder.running))
+    return candidate._replace(
+        num_misses=num_missed(request, candidate.ttft_s, decoder, decoder.running),
+        curiosity_s=prefiller.cost.curiosity * candidate.prefill_s,
+    )
 
 
 def fetch_plan(

@@ -45,6 +45,7 @@ class GatewayDeps:
     metrics: Callable[[], bytes]
     workers: Callable[[], list[dict[str, Any]]]
     receipt: Callable[[str], dict[str, Any] | None]
+    decisions: Callable[[], dict[str, Any]] = dict
     authenticator: Authenticator = field(default_factory=Authenticator)
     limits: Limits = field(default_factory=Limits)
     clock: Callable[[], float] = time.monotonic  # seconds; the clock of traces

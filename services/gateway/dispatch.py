@@ -207,7 +207,7 @@ class WorkerDispatcher:
 
     def _choose(self, run: _Run, wish: Wish) -> RoutingDecision:
         """The router's answer. Raises BatonError when no worker can take the request."""
-        compatibility = self._registry.compatibility()
+        compatibility, now_s = self._registry.compatibility(), self._clock()
         layout = pb.KVLayout() if compatibility is None else compatibility.layout
         if compatibility is not None and not run.block_names:
             namer = BlockNamer(self._block_key, compatibility.model_fingerprint)
@@ -223,9 +223,11 @@ class WorkerDispatcher:
             excluded_pairs=wish.excluded_pairs,
             preferred=wish.preferred,
             fetch=self._fetch,
+            ttft_target_s=_left_s(run.record, now_s),
+            tpot_target_s=_seconds(run.record.slo_tpot_ms),
         )
         assert self._registry.fleet is self._router.fleet  # and is up to date now
-        return self._router.route(routed, run.block_names, wish.placement, self._links, self._clock())
+        return self._router.route(routed, run.block_names, wish.placement, self._links, now_s)
 
     # Commands of the ladder.
 
@@ -284,11 +286,12 @@ class WorkerDispatcher:
         if fetch is not None:
             run.fetching = PairKey(fetch.holder.incarnation, (prefill or decode).incarnation)
             self._links.on_fetch_start(run.fetching, run.sent_s)
+        tpot_target_s = _seconds(run.record.slo_tpot_ms)
         # The decode worker first: it then knows of the handoff when the prefill worker asks it for slots.
         if prefill is None:
-            decode.start(decode_pb2.Start(spec=spec, fetch=fetch), run.arrivals)
+            decode.start(decode_pb2.Start(spec=spec, fetch=fetch), run.arrivals, tpot_target_s)
             return
-        decode.start(decode_pb2.Start(spec=spec, prefill=prefill.identity), run.arrivals)
+        decode.start(decode_pb2.Start(spec=spec, prefill=prefill.identity), run.arrivals, tpot_target_s)
         prefill.start(
             prefill_pb2.Start(spec=spec, decode=decode.identity, decode_address=chosen.decode.address, fetch=fetch),
             run.arrivals,
@@ -321,6 +324,7 @@ class WorkerDispatcher:
             trace.mark(Instant.PREFILL_END, start_s + output.prefill.prefill_ms / 1e3)
             if run.is_from_start:  # what a later attempt finds is, in part, this request's own
                 record.cached_tokens = output.prefill.cached_tokens
+                record.computed_tokens = record.prompt_tokens - output.prefill.cached_tokens
         if output.HasField("transfer"):
             record.transfer = report = output.transfer
             trace.mark(Instant.TRANSFER_END, self._clock())
@@ -364,6 +368,16 @@ def _pair(attempt: Attempt) -> PairKey | None:
     """The pair that an attempt's blocks travel between."""
     chosen = attempt.decision.chosen
     return None if chosen.prefill is None else PairKey(chosen.prefill.incarnation, chosen.decode.incarnation)
+
+
+def _seconds(target_ms: float | None) -> float | None:
+    return None if target_ms is None else target_ms / 1e3
+
+
+def _left_s(record: GenerationRecord, now_s: float) -> float | None:
+    """Of the time to the first token that was promised."""
+    target_s, received_s = _seconds(record.slo_ttft_ms), record.trace.at(Instant.RECEIVED)
+    return target_s if target_s is None or received_s is None else max(0.0, target_s - (now_s - received_s))
 
 
 def _part_output(output: pb.RequestOutput) -> PartOutput:

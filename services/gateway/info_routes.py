@@ -48,6 +48,11 @@ def info_router(deps: GatewayDeps) -> APIRouter:
         """The workers that the gateway knows."""
         return _json({"object": "list", "data": deps.workers()})
 
+    @router.get("/v1/decisions")
+    async def list_decisions() -> Response:
+        """Whether handing over pays, by prompt length: the threshold of now, workers' learned costs, decisions compared."""
+        return _json(deps.decisions())
+
     @router.get("/v1/requests/{request_id:path}")
     async def get_receipt(request_id: str) -> Response:
         """The receipt of a request, by response id or x-request-id."""

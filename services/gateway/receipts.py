@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.ladder_steps import Attempt
 from baton.services.core.lifecycle import Trace
+from baton.services.core.regret import Comparison
 from baton.services.core.router import Candidate, RoutingDecision
 from baton.services.gateway.generation import GenerationRequest, SloTarget
 
@@ -34,10 +35,12 @@ class GenerationRecord:
     attempts: list[Attempt] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     cached_tokens: int = 0
+    computed_tokens: int = 0  # of the prompt, by the worker that prefilled it
     completion_tokens: int = 0
     transfer: pb.TransferReport | None = None
     fetch: pb.FetchReport | None = None
     outcome: str | None = None  # the one end
+    comparison: Comparison | None = None  # with the way that was not chosen, where there was one
 
     @property
     def tpot_ms(self) -> float | None:
@@ -129,7 +132,7 @@ def render_receipt(receipt_id: str, model: str, records: Sequence[GenerationReco
             "tpot_ms": first.slo_tpot_ms,
             "met": first.slo_met,
         },
-        "decision": _render_decision(first.attempts[-1].decision) if first.attempts else None,
+        "decision": _render_decision(first.attempts[-1].decision, first.comparison) if first.attempts else None,
         "phases_ms": {phase.value: round(length, 3) for phase, length in first.trace.phases_ms().items()},
         "ttft_ms": _rounded(first.trace.ttft_ms),
         "tpot_ms": _rounded(first.tpot_ms),
@@ -157,10 +160,18 @@ def render_receipt(receipt_id: str, model: str, records: Sequence[GenerationReco
     return receipt
 
 
-def _render_decision(decision: RoutingDecision) -> dict[str, object]:
+def _render_decision(decision: RoutingDecision, comparison: Comparison | None) -> dict[str, object]:
     chosen = _render_candidate(decision.chosen)
     runner_up = _render_candidate(decision.runner_up) if decision.runner_up else None
-    return {**chosen, "runner_up": runner_up, "reason": decision.reason}
+    other_way = _render_candidate(decision.other_way) if decision.other_way else None
+    regret_s = None if comparison is None else comparison.regret_s
+    return {
+        **chosen,
+        "runner_up": runner_up,
+        "other_way": other_way,
+        "regret_ms": None if regret_s is None else _rounded(regret_s * 1e3),
+        "reason": decision.reason,
+    }
 
 
 def _render_candidate(candidate: Candidate) -> dict[str, object]:

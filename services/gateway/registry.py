@@ -18,7 +18,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.kvtransfer.versions import VersionRange
-from baton.services.core.cost_model import DEFAULT_DECODE_STEP_S, DEFAULT_PREFILL_S_PER_TOKEN, WorkerCost
+from baton.services.core.cost_learning import CostBook
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.fleet import Fleet
 from baton.services.core.router import Role, WorkerView
@@ -64,7 +64,10 @@ class Registry:
         on_forget: Callable[[str], None] = lambda worker_id: None,
         open_channel: Callable[[str], grpc.aio.Channel] = create_channel,
         peer_timeout_s: float = 2.5,
+        costs: CostBook | None = None,
     ) -> None:
+        """``costs``: what was learned of the workers' speed, beside what they report."""
+        self._costs = costs or CostBook()
         self._open_channel = open_channel
         self._gateway = gateway
         self._clock = clock
@@ -155,7 +158,7 @@ class Registry:
         for worker_id in self._changed:
             known = self._workers.get(worker_id)
             if known is not None and known.is_usable:
-                self._fleet.put(_view(known))
+                self._fleet.put(_view(known, self._costs, self._clock()))
             else:
                 self._fleet.remove(worker_id)
         self._changed.clear()
@@ -288,13 +291,16 @@ def _load(known: KnownWorker) -> tuple[int, int]:
     return max(status.queued_tokens, link.num_inflight_tokens), max(status.running + status.queued, link.num_inflight)
 
 
-def _view(known: KnownWorker) -> WorkerView:
+def _view(known: KnownWorker, costs: CostBook, now: float) -> WorkerView:
     status, link = known.status, known.link
     blocks = status.kv_blocks
     queued_tokens, running = _load(known)
-    cost = WorkerCost(
-        prefill_s_per_token=status.prefill_s_per_token or DEFAULT_PREFILL_S_PER_TOKEN,
-        decode_step_s=status.decode_step_s or DEFAULT_DECODE_STEP_S,
+    cost = costs.cost(
+        link.incarnation,
+        link.role.value,
+        prefill_s_per_token=status.prefill_s_per_token,
+        decode_step_s=status.decode_step_s,
+        now=now,
     )
     return WorkerView(
         worker_id=link.worker_id,
@@ -310,6 +316,7 @@ def _view(known: KnownWorker) -> WorkerView:
         available_blocks=blocks.free + blocks.cached,
         max_num_batched_tokens=status.max_num_batched_tokens or 1,
         cost=cost,
+        tightest_tpot_s=link.tightest_tpot_s,
     )
 
 

@@ -18,6 +18,7 @@ import uvicorn
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
+from baton.services.core.cost_learning import CostBook
 from baton.services.core.errors import ErrorCode
 from baton.services.core.fetch import FetchMode, FetchPolicy
 from baton.services.core.ladder_steps import LadderLimits
@@ -31,6 +32,7 @@ from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.deps import GatewayDeps, Refusal
 from baton.services.gateway.discovery import Discovery
 from baton.services.gateway.dispatch import WorkerDispatcher
+from baton.services.gateway.experience import Experience, read_profiles
 from baton.services.gateway.grpc_inference import InferenceServicer
 from baton.services.gateway.limits import Limits
 from baton.services.gateway.link_prober import LinkProber, describe_links
@@ -83,9 +85,12 @@ class GatewayService:
         grpc_port = runtime_grpc.bind_server(grpc_server, settings.host, settings.grpc_port)
         model, tokenizer = await asyncio.to_thread(self._load_model)
         stack.callback(tokenizer.close)
+        costs = CostBook(read_profiles(settings.profile) if settings.profile else None)
+        self._experience = Experience(costs, time.monotonic)
         self._registry = Registry(
             self._identity,
             clock=time.monotonic,
+            costs=costs,
             on_heard=self._on_heard,
             on_forget=self._prefix_index.forget,
             peer_timeout_s=settings.peer_timeout_s,
@@ -115,6 +120,7 @@ class GatewayService:
             metrics=self._render_metrics,
             workers=lambda: describe_links(self._registry, self._links, time.monotonic()),
             receipt=self._receipts.get,
+            decisions=self._describe_decisions,
             authenticator=authenticator,
             limits=Limits(
                 max_concurrent_requests=settings.max_concurrent_requests,
@@ -260,9 +266,15 @@ class GatewayService:
         if refusal.code in _REFUSED:
             self._metrics.request_refused(refusal.slo.slo_class)
 
+    def _describe_decisions(self) -> dict[str, object]:
+        return self._experience.describe(self._registry, self._links, self._settings.placement)
+
     def _on_end(self, record: GenerationRecord) -> None:
         metrics = self._metrics
         assert record.outcome is not None
+        comparison = self._experience.learn(record)
+        if comparison is not None:
+            metrics.compared(comparison)
         metrics.request_ended(record.trace, record.outcome, completion_tokens=record.completion_tokens)
         if record.attempts:
             metrics.placed(record.attempts[-1].decision.chosen.mode.value)

@@ -38,6 +38,7 @@ class Arrival:
 class _Open:
     arrivals: asyncio.Queue[Arrival | None]
     num_tokens: int  # of its prompt, to be computed there
+    tpot_target_s: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -128,12 +129,22 @@ class WorkerLink:
         await silence.until()
         raise TimeoutError(f"silent for {silence.limit_s:g} s")
 
-    def start(self, request: decode_pb2.Start | prefill_pb2.Start, arrivals: asyncio.Queue[Arrival | None]) -> None:
+    @property
+    def tightest_tpot_s(self) -> float | None:
+        """The strictest target of this gateway's requests there; None where none has one."""
+        return min((one.tpot_target_s for one in self._open.values() if one.tpot_target_s is not None), default=None)
+
+    def start(
+        self,
+        request: decode_pb2.Start | prefill_pb2.Start,
+        arrivals: asyncio.Queue[Arrival | None],
+        tpot_target_s: float | None = None,
+    ) -> None:
         """Sends a request to the worker; what it says about it goes to ``arrivals`` until ``release``."""
         spec = request.spec
         key = (spec.request_id, spec.attempt)
         is_handed_over = isinstance(request, decode_pb2.Start) and request.HasField("prefill")
-        self._open[key] = opened = _Open(arrivals, 0 if is_handed_over else len(spec.token_ids))
+        self._open[key] = opened = _Open(arrivals, 0 if is_handed_over else len(spec.token_ids), tpot_target_s)
         if not self.is_connected:
             del self._open[key]
             self._tell_lost(opened, key, "not connected")

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from baton.api.common.v1 import common_pb2
 from baton.services.core.lifecycle import Instant, Trace
+from baton.services.core.regret import Comparison
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -97,6 +98,18 @@ class Metrics:
             "baton_retries", "Attempts after the first, by what went wrong.", ["reason"], registry=registry
         )
         self._decisions = Counter("baton_routing_decisions", "Where requests were placed.", ["mode"], registry=registry)
+        self._compared = Counter(
+            "baton_decisions_compared",
+            "Decisions compared with the other way, by whether they turned out cheaper.",
+            ["prompt_tokens", "mode", "paid"],
+            registry=registry,
+        )
+        self._regret = Counter(
+            "baton_decisions_regret_seconds",
+            "By how much decisions turned out dearer than the other way.",
+            ["prompt_tokens", "mode"],
+            registry=registry,
+        )
         self._slo_met = Counter("baton_slo_met", "Requests within their service level.", ["class"], registry=registry)
         self._slo_missed = Counter(
             "baton_slo_missed", "Requests outside it, and refused ones.", ["class", "reason"], registry=registry
@@ -151,6 +164,14 @@ class Metrics:
     def placed(self, mode: str) -> None:
         """``mode``: "remote", "local" or "colocated"."""
         self._decisions.labels(mode).inc()
+
+    def compared(self, comparison: Comparison) -> None:
+        """A decision has turned out as it did."""
+        regret_s = comparison.regret_s
+        if regret_s is not None:
+            paid = "no" if regret_s > 0 else "yes"
+            self._compared.labels(comparison.bucket, comparison.mode.value, paid).inc()
+            self._regret.labels(comparison.bucket, comparison.mode.value).inc(regret_s)
 
     def kv_transferred(self, report: common_pb2.TransferReport) -> None:
         self._transfer.observe(report.duration_ms / 1e3)

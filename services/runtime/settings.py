@@ -258,6 +258,9 @@ class GatewayOptions(Settings):
     reasoning_parser: Literal["auto", "think", "mistral", "none"] = Field(
         "auto", description="What stands around the model's reasoning. auto: what its chat template gives away."
     )
+    profile: Path | None = Field(
+        None, description="What workers cost before anything was learned of them: a file that baton profile wrote."
+    )
     fetch: Literal["auto", "always", "off"] = Field(
         "auto", description="KV blocks that another worker holds: auto: fetched when that beats computing them."
     )

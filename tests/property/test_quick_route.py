@@ -56,7 +56,10 @@ def clusters(draw: st.DrawFn) -> Cluster:
             running=draw(st.integers(0, 20)) if role is Role.DECODE else 0,
             max_num_seqs=16,
             max_num_batched_tokens=draw(st.sampled_from([128, 2048])),
-            cost=WorkerCost(prefill_s_per_token=200e-6 * draw(st.sampled_from([1.0, 1.05, 3.0]))),
+            cost=WorkerCost(
+                prefill_s_per_token=200e-6 * draw(st.sampled_from([1.0, 1.05, 3.0])),
+                curiosity=draw(st.sampled_from([0.0, 0.0, 0.2])),
+            ),
         )
         workers.append(worker)
         if depth and draw(st.booleans()):
@@ -93,10 +96,11 @@ def test_what_is_chosen_among_few_is_priced_exactly_and_hardly_dearer_than_the_c
             exact = price_remote(unfetched, quick.prefill, quick.decode, cluster.workers, cluster.links, 0.0)
         assert abs(exact.price_s - quick.price_s) < 1e-9
 
-    # The dearest link instead of the cheapest, for the handoff and for a fetch, and a slower worker of the same lane.
+    # The dearest link instead of the cheapest, for the handoff and for a fetch, a slower worker of the same lane,
     num_bytes = len(names) * BLOCK_BYTES
     links_s = OTHER_HOST.transfer_s(num_bytes)
-    lane_s = (LANE_SPREAD - 1) * (quick.prefill_s + quick.queue_s) * (1 + quick.decode.running)
+    # and what is given for curiosity, which the order of a lane does not know.
+    lane_s = (LANE_SPREAD - 1 + 0.2) * (quick.prefill_s + quick.queue_s) * (1 + quick.decode.running)
     assert quick.price_s <= whole.price_s + 2 * links_s + lane_s + 1e-6
 
 
