@@ -275,6 +275,7 @@ class GatewayService:
         comparison = self._experience.learn(record)
         if comparison is not None:
             metrics.compared(comparison)
+        _log_end(record)
         metrics.request_ended(record.trace, record.outcome, completion_tokens=record.completion_tokens)
         if record.attempts:
             metrics.placed(record.attempts[-1].decision.chosen.mode.value)
@@ -293,6 +294,25 @@ class GatewayService:
             metrics.slo_met(record.slo.slo_class)
         else:
             metrics.slo_missed(record.slo.slo_class, record.missed_because)
+
+
+def _log_end(record: GenerationRecord) -> None:
+    """One line for a generation, with the id that its workers' lines have; of the good ones only for who asks for details."""
+    chosen = record.attempts[-1].decision.chosen if record.attempts else None
+    write = log.info if record.outcome == "error" else log.debug
+    write(
+        "request ended",
+        request_id=record.request_id,
+        outcome=record.outcome,
+        prefill=chosen.prefill.worker_id if chosen is not None and chosen.prefill is not None else None,
+        decode=chosen.decode.worker_id if chosen is not None else None,
+        attempts=len(record.attempts),
+        prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        completion_tokens=record.completion_tokens,
+        ttft_ms=record.trace.ttft_ms,
+        e2e_ms=record.trace.e2e_ms,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -117,6 +117,8 @@ class Worker(ABC, Generic[SchedulerT]):
         active = ActiveRequest(session, spec.request_id, spec.attempt, request)
         self._active[active.id] = active
         self._emptied.clear()
+        num_tokens = len(spec.token_ids)
+        log.debug("request taken in", request_id=spec.request_id, attempt=spec.attempt, num_tokens=num_tokens)
         if self._parts.grammars is not None and request.sampling.grammar is not None:
             self._parts.grammars.prepare(request.sampling.grammar, request.sampling.eos_token_ids)
         return active
@@ -228,6 +230,8 @@ class Worker(ABC, Generic[SchedulerT]):
             fetch.cancel()
         if not self._active:
             self._emptied.set()
+        if was_active:
+            log.debug("request over", request_id=active.request_id, attempt=active.attempt)
         return was_active
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
