@@ -25,31 +25,43 @@ _sym_db = _symbol_database.Default()
 from baton.api.common.v1 import common_pb2 as baton_dot_api_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&baton/api/inference/v1/inference.proto\x12\x16\x62\x61ton.api.inference.v1\x1a baton/api/common/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\nChatPrompt\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.baton.api.inference.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xd3\x05\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x35\n\x06tokens\x18\x03 \x01(\x0b\x32#.baton.api.inference.v1.TokenPromptH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".baton.api.inference.v1.ChatPromptH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x03H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x12\n\nignore_eos\x18\x10 \x01(\x08\x12\x17\n\nmin_tokens\x18\x11 \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x13 \x01(\rH\x0c\x88\x01\x01\x12\x12\n\ncache_salt\x18\x14 \x01(\t\x12\x12\n\nrequest_id\x18\x15 \x01(\tB\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\x04\n\x02_nB\x0b\n\t_logprobs\"\xcf\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12*\n\x06tokens\x18\x04 \x03(\x0b\x32\x1a.baton.api.common.v1.Token\x12\x38\n\rfinish_reason\x18\x05 \x01(\x0e\x32!.baton.api.common.v1.FinishReason\x12,\n\x05usage\x18\x06 \x01(\x0b\x32\x1d.baton.api.inference.v1.Usage\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.baton.api.inference.v1.Model2\xd8\x01\n\x10InferenceService\x12_\n\x08Generate\x12\'.baton.api.inference.v1.GenerateRequest\x1a(.baton.api.inference.v1.GenerateResponse0\x01\x12\x63\n\nListModels\x12).baton.api.inference.v1.ListModelsRequest\x1a*.baton.api.inference.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&baton/api/inference/v1/inference.proto\x12\x16\x62\x61ton.api.inference.v1\x1a baton/api/common/v1/common.proto\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x99\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x34\n\ntool_calls\x18\x03 \x03(\x0b\x32 .baton.api.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x11\n\treasoning\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\"\xd3\x01\n\nChatPrompt\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.baton.api.inference.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x1c\n\x0f\x65nable_thinking\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x12\n\x10_enable_thinking\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\x19\n\x06\x43hoice\x12\x0f\n\x07strings\x18\x01 \x03(\t\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xe9\n\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x35\n\x06tokens\x18\x03 \x01(\x0b\x32#.baton.api.inference.v1.TokenPromptH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".baton.api.inference.v1.ChatPromptH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x03H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x12\n\nignore_eos\x18\x10 \x01(\x08\x12\x17\n\nmin_tokens\x18\x11 \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x13 \x01(\rH\r\x88\x01\x01\x12\x12\n\ncache_salt\x18\x14 \x01(\t\x12\x12\n\nrequest_id\x18\x15 \x01(\t\x12J\n\nlogit_bias\x18\x16 \x03(\x0b\x32\x36.baton.api.inference.v1.GenerateRequest.LogitBiasEntry\x12\"\n\x1ainclude_stop_str_in_output\x18\x17 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x18 \x01(\x08H\x0e\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x19 \x01(\rH\x0f\x88\x01\x01\x12\x0c\n\x04\x65\x63ho\x18\x1a \x01(\x08\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x1b \x01(\x08H\x10\x88\x01\x01\x12\x15\n\x08priority\x18\x1c \x01(\x05H\x11\x88\x01\x01\x12\x12\n\nsession_id\x18\x1d \x01(\t\x12\x15\n\x0bjson_schema\x18\x1e \x01(\tH\x01\x12\x15\n\x0bjson_object\x18\x1f \x01(\x08H\x01\x12\x0f\n\x05regex\x18  \x01(\tH\x01\x12\x30\n\x06\x63hoice\x18! \x01(\x0b\x32\x1e.baton.api.inference.v1.ChoiceH\x01\x12\x11\n\x07grammar\x18\" \x01(\tH\x01\x12+\n\x05tools\x18# \x03(\x0b\x32\x1c.baton.api.inference.v1.Tool\x12\x13\n\x0btool_choice\x18$ \x01(\t\x12 \n\x13parallel_tool_calls\x18% \x01(\x08H\x12\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06promptB\x08\n\x06outputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\x04\n\x02_nB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x12\n\x10_prompt_logprobsB\x15\n\x13_add_special_tokensB\x0b\n\t_priorityB\x16\n\x14_parallel_tool_calls\"K\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x93\x03\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12*\n\x06tokens\x18\x04 \x03(\x0b\x32\x1a.baton.api.common.v1.Token\x12\x38\n\rfinish_reason\x18\x05 \x01(\x0e\x32!.baton.api.common.v1.FinishReason\x12,\n\x05usage\x18\x06 \x01(\x0b\x32\x1d.baton.api.inference.v1.Usage\x12\x11\n\treasoning\x18\x07 \x01(\t\x12\x39\n\ntool_calls\x18\x08 \x03(\x0b\x32%.baton.api.inference.v1.ToolCallDelta\x12\x13\n\x0bstop_string\x18\t \x01(\t\x12\x1a\n\rstop_token_id\x18\n \x01(\rH\x00\x88\x01\x01\x12\x31\n\rprompt_tokens\x18\x0b \x03(\x0b\x32\x1a.baton.api.common.v1.TokenB\x10\n\x0e_stop_token_id\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\r\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.baton.api.inference.v1.Model2\xd8\x01\n\x10InferenceService\x12_\n\x08Generate\x12\'.baton.api.inference.v1.GenerateRequest\x1a(.baton.api.inference.v1.GenerateResponse0\x01\x12\x63\n\nListModels\x12).baton.api.inference.v1.ListModelsRequest\x1a*.baton.api.inference.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.api.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATMESSAGE']._serialized_start=100
-  _globals['_CHATMESSAGE']._serialized_end=144
-  _globals['_CHATPROMPT']._serialized_start=146
-  _globals['_CHATPROMPT']._serialized_end=213
-  _globals['_TOKENPROMPT']._serialized_start=215
-  _globals['_TOKENPROMPT']._serialized_end=247
-  _globals['_GENERATEREQUEST']._serialized_start=250
-  _globals['_GENERATEREQUEST']._serialized_end=973
-  _globals['_GENERATERESPONSE']._serialized_start=976
-  _globals['_GENERATERESPONSE']._serialized_end=1183
-  _globals['_USAGE']._serialized_start=1185
-  _globals['_USAGE']._serialized_end=1265
-  _globals['_LISTMODELSREQUEST']._serialized_start=1267
-  _globals['_LISTMODELSREQUEST']._serialized_end=1286
-  _globals['_MODEL']._serialized_start=1288
-  _globals['_MODEL']._serialized_end=1330
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1332
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1399
-  _globals['_INFERENCESERVICE']._serialized_start=1402
-  _globals['_INFERENCESERVICE']._serialized_end=1618
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_TOOLCALL']._serialized_start=100
+  _globals['_TOOLCALL']._serialized_end=155
+  _globals['_CHATMESSAGE']._serialized_start=158
+  _globals['_CHATMESSAGE']._serialized_end=311
+  _globals['_CHATPROMPT']._serialized_start=314
+  _globals['_CHATPROMPT']._serialized_end=525
+  _globals['_TOOL']._serialized_start=527
+  _globals['_TOOL']._serialized_end=588
+  _globals['_CHOICE']._serialized_start=590
+  _globals['_CHOICE']._serialized_end=615
+  _globals['_TOKENPROMPT']._serialized_start=617
+  _globals['_TOKENPROMPT']._serialized_end=649
+  _globals['_GENERATEREQUEST']._serialized_start=652
+  _globals['_GENERATEREQUEST']._serialized_end=2037
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=1695
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=1743
+  _globals['_TOOLCALLDELTA']._serialized_start=2039
+  _globals['_TOOLCALLDELTA']._serialized_end=2114
+  _globals['_GENERATERESPONSE']._serialized_start=2117
+  _globals['_GENERATERESPONSE']._serialized_end=2520
+  _globals['_USAGE']._serialized_start=2522
+  _globals['_USAGE']._serialized_end=2628
+  _globals['_LISTMODELSREQUEST']._serialized_start=2630
+  _globals['_LISTMODELSREQUEST']._serialized_end=2649
+  _globals['_MODEL']._serialized_start=2651
+  _globals['_MODEL']._serialized_end=2693
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2695
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2762
+  _globals['_INFERENCESERVICE']._serialized_start=2765
+  _globals['_INFERENCESERVICE']._serialized_end=2981
 # @@protoc_insertion_point(module_scope)
