@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from baton.services.core.slo import ServiceLevel
+
 
 class FinishReason(StrEnum):
     """Why a generation ended."""
@@ -97,6 +99,7 @@ class Request:
     cache_salt: str = ""
     arrival_s: float = 0.0  # worker's monotonic clock
     deadline_s: float | None = None
+    service: ServiceLevel = field(default_factory=ServiceLevel)
     state: RequestState = RequestState.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

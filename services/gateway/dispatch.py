@@ -280,6 +280,7 @@ class WorkerDispatcher:
             sampling=convert.sampling_to_wire(request.sampling),
             cache_salt=request.cache_salt,
             deadline_ms=0 if run.deadline_s is None else max(1, int((run.deadline_s - run.sent_s) * 1e3)),
+            service=convert.service_to_wire(request.service_level(run.sent_s), run.sent_s),
         )
         fetch = self._fetch_source(chosen.fetch)
         run.fetching = None

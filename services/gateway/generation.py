@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.services.core.lifecycle import Trace
+from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.request import SamplingParams
+from baton.services.core.slo import CLASS_TARGETS, MAX_WEIGHT, MIN_WEIGHT, ServiceLevel, SloClass
 from baton.services.core.tenants import ANONYMOUS, Tenant
 from baton.services.core.token_order import TokenDelta
 
@@ -19,6 +20,14 @@ class SloTarget:
     slo_class: str = "standard"
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+
+    @property
+    def promised_ttft_ms(self) -> float | None:
+        return CLASS_TARGETS[SloClass(self.slo_class)].ttft_ms if self.ttft_ms is None else self.ttft_ms
+
+    @property
+    def promised_tpot_ms(self) -> float | None:
+        return CLASS_TARGETS[SloClass(self.slo_class)].tpot_ms if self.tpot_ms is None else self.tpot_ms
 
 
 @dataclass(slots=True)
@@ -36,6 +45,22 @@ class GenerationRequest:
     timeout_s: float | None = None
     trace: Trace = field(default_factory=Trace)
     stop_means: str = "stop"  # for the receipt: a choice that calls tools stops with another word
+
+    def service_level(self, now_s: float) -> ServiceLevel:
+        """What workers are told. Once a token was given, what is promised is the next one."""
+        ttft_ms, tpot_ms = self.slo.promised_ttft_ms, self.slo.promised_tpot_ms
+        due_s: float | None = None
+        if Instant.FIRST_TOKEN in self.trace.instants:
+            due_s = None if tpot_ms is None else now_s + tpot_ms / 1e3
+        elif ttft_ms is not None:
+            due_s = self.trace.instants.get(Instant.RECEIVED, now_s) + ttft_ms / 1e3
+        return ServiceLevel(
+            slo_class=SloClass(self.slo.slo_class),
+            next_token_due_s=due_s,
+            tpot_s=None if tpot_ms is None else tpot_ms / 1e3,
+            tenant=self.tenant.tenant_id,
+            weight=min(max(self.tenant.weight, MIN_WEIGHT), MAX_WEIGHT),
+        )
 
 
 class Dispatcher(Protocol):

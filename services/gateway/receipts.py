@@ -15,13 +15,6 @@ from baton.services.gateway.generation import GenerationRequest, SloTarget
 
 MAX_RECEIPTS = 10_000
 
-# Time to first token and time per output token that a class promises unless the request says otherwise.
-SLO_CLASSES: dict[str, tuple[float | None, float | None]] = {
-    "interactive": (1_000.0, 100.0),
-    "standard": (5_000.0, 250.0),
-    "batch": (None, None),
-}
-
 
 @dataclass(slots=True)
 class GenerationRecord:
@@ -52,11 +45,11 @@ class GenerationRecord:
 
     @property
     def slo_ttft_ms(self) -> float | None:
-        return self.slo.ttft_ms if self.slo.ttft_ms is not None else SLO_CLASSES[self.slo.slo_class][0]
+        return self.slo.promised_ttft_ms
 
     @property
     def slo_tpot_ms(self) -> float | None:
-        return self.slo.tpot_ms if self.slo.tpot_ms is not None else SLO_CLASSES[self.slo.slo_class][1]
+        return self.slo.promised_tpot_ms
 
     @property
     def missed_because(self) -> str:

@@ -9,11 +9,13 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenLogprobs
 from baton.services.core.router import Role
+from baton.services.core.slo import MAX_WEIGHT, MIN_WEIGHT, ServiceLevel, SloClass
 
 # The limits of common.proto.
 MAX_REQUEST_ID_CHARS = 128
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_BYTES = 512 * 1024
+MAX_TENANT_CHARS = 128
 _MAX_INT32 = 2**31 - 1  # what the sampling kernels count in
 
 _FINISH_TO_WIRE = {
@@ -30,6 +32,13 @@ _ROLE_TO_WIRE = {
     Role.COLOCATED: pb.WORKER_ROLE_COLOCATED,
 }
 _ROLE_FROM_WIRE = {wire: role for role, wire in _ROLE_TO_WIRE.items()}
+
+_CLASS_TO_WIRE = {
+    SloClass.INTERACTIVE: pb.REQUEST_CLASS_INTERACTIVE,
+    SloClass.STANDARD: pb.REQUEST_CLASS_STANDARD,
+    SloClass.BATCH: pb.REQUEST_CLASS_BATCH,
+}
+_CLASS_FROM_WIRE = {wire: slo_class for slo_class, wire in _CLASS_TO_WIRE.items()}
 
 STATE_NAMES = {
     pb.WORKER_STATE_UNSPECIFIED: "unknown",
@@ -101,6 +110,35 @@ def sampling_from_wire(wire: pb.SamplingParams) -> SamplingParams:
     )
 
 
+def service_to_wire(level: ServiceLevel, now_s: float) -> pb.ServiceLevel:
+    """Clocks of machines have nothing in common: what goes over the wire is the time that is left."""
+    due_s = level.next_token_due_s
+    return pb.ServiceLevel(
+        request_class=_CLASS_TO_WIRE[level.slo_class],
+        ttft_left_ms=None if due_s is None else (due_s - now_s) * 1e3,
+        tpot_ms=(level.tpot_s or 0.0) * 1e3,
+        tenant=level.tenant,
+        weight=level.weight,
+    )
+
+
+def service_from_wire(wire: pb.ServiceLevel, now_s: float) -> ServiceLevel:
+    """A class of a newer release is taken for standard. Raises BatonError(INVALID_REQUEST) for values out of range."""
+    has_ttft = wire.HasField("ttft_left_ms")
+    _check(not has_ttft or math.isfinite(wire.ttft_left_ms), "service.ttft_left_ms", "finite")
+    _check(0.0 <= wire.tpot_ms < math.inf, "service.tpot_ms", "at least 0 and finite")
+    _check(len(wire.tenant) <= MAX_TENANT_CHARS, "service.tenant", f"at most {MAX_TENANT_CHARS} characters")
+    weight = wire.weight or 1.0
+    _check(MIN_WEIGHT <= weight <= MAX_WEIGHT, "service.weight", f"{MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
+    return ServiceLevel(
+        slo_class=_CLASS_FROM_WIRE.get(wire.request_class, SloClass.STANDARD),
+        next_token_due_s=now_s + wire.ttft_left_ms / 1e3 if has_ttft else None,
+        tpot_s=wire.tpot_ms / 1e3 or None,
+        tenant=wire.tenant,
+        weight=weight,
+    )
+
+
 def request_from_wire(spec: pb.GenerationSpec, now_s: float, vocab_size: int) -> Request:
     """The scheduler's request. Raises BatonError(INVALID_REQUEST) for what no gateway of ours sends: a value that fails
     in the engine would fail every other request of its batch."""
@@ -119,6 +157,7 @@ def request_from_wire(spec: pb.GenerationSpec, now_s: float, vocab_size: int) ->
         cache_salt=spec.cache_salt,
         arrival_s=now_s,
         deadline_s=now_s + spec.deadline_ms / 1e3 if spec.deadline_ms else None,
+        service=service_from_wire(spec.service, now_s),
     )
 
 

@@ -17,6 +17,8 @@ from helpers.waiting import eventually
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.tenants import Tenant
+from baton.services.gateway.generation import SloTarget
 
 
 async def test_a_pair_answers_and_both_are_released() -> None:
@@ -127,6 +129,37 @@ async def test_time_that_runs_out_ends_the_request_and_cancels_it() -> None:
         await eventually(lambda: bool(p.cancels and d.cancels))
         assert 1 <= d.starts[0].spec.deadline_ms <= 50
         made.assert_done()
+
+
+async def test_both_workers_are_told_what_was_promised_and_what_is_left_of_it() -> None:
+    async with dispatching((hand_over,), (take_over,)) as (made, (p,), (d,)):
+        made.now_s = 0.25  # since the request was received
+        slo = SloTarget("interactive", ttft_ms=400.0)
+        await made.generate(made.request(slo=slo, tenant=Tenant("t", "name", weight=2.0)))
+        told = p.starts[0].spec.service
+        assert told == d.starts[0].spec.service
+        assert (told.request_class, told.tenant, told.weight) == (pb.REQUEST_CLASS_INTERACTIVE, "t", 2.0)
+        assert (told.ttft_left_ms, told.tpot_ms) == pytest.approx((150.0, 100.0))
+
+
+async def test_a_stream_that_goes_on_elsewhere_is_promised_its_next_token() -> None:
+    def say_one(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
+        if spec.attempt > 1:
+            whole(worker, spec)
+        else:
+            worker.say(spec, 0, 100)
+
+    async with dispatching((), (say_one, say_one)) as (made, _, decode):
+        made.now_s = 3.0
+        request = made.request(slo=SloTarget("standard", ttft_ms=400.0, tpot_ms=50.0))
+        generation = made.dispatcher.generate(request)
+        await anext(generation)
+        (first,) = [worker for worker in decode if worker.starts]
+        assert first.starts[0].spec.service.ttft_left_ms == pytest.approx(-2600.0)
+        first.fail(first.starts[0].spec, ErrorCode.INTERNAL)
+        assert sum([len(delta.tokens) async for delta in generation]) == 3
+        (second,) = [start.spec for worker in decode for start in worker.starts if start.spec.attempt == 2]
+        assert second.service.ttft_left_ms == pytest.approx(50.0)
 
 
 async def test_no_attempt_is_made_when_the_time_is_over() -> None:

@@ -15,6 +15,7 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
 from baton.services.core.router import Role
+from baton.services.core.slo import ServiceLevel, SloClass
 from baton.services.runtime import convert
 
 VOCAB_SIZE = 1000
@@ -105,6 +106,37 @@ def test_a_deadline_is_on_the_workers_own_clock() -> None:
     assert (request.arrival_s, request.deadline_s) == (5.0, 6.5)
     spec.deadline_ms = 2**64 - 1
     assert math.isfinite(convert.request_from_wire(spec, 5.0, VOCAB_SIZE).deadline_s or math.inf)
+
+
+@pytest.mark.parametrize("slo_class", list(SloClass))
+def test_a_promise_goes_over_the_wire_as_time_that_is_left(slo_class: SloClass) -> None:
+    level = ServiceLevel(slo_class, next_token_due_s=101.5, tpot_s=0.125, tenant="t", weight=2.0)
+    wire = convert.service_to_wire(level, 100.0)
+    there = convert.service_from_wire(pb.ServiceLevel.FromString(wire.SerializeToString()), 7.0)
+    assert there == ServiceLevel(slo_class, next_token_due_s=8.5, tpot_s=0.125, tenant="t", weight=2.0)
+    late = convert.service_to_wire(ServiceLevel(next_token_due_s=99.0), 100.0)
+    assert convert.service_from_wire(late, 7.0) == ServiceLevel(next_token_due_s=6.0)
+
+
+def test_a_gateway_of_the_release_before_promises_nothing() -> None:
+    assert convert.request_from_wire(make_spec(), 5.0, VOCAB_SIZE).service == ServiceLevel()
+    newer = pb.ServiceLevel(request_class=77)  # type: ignore[arg-type]
+    assert convert.service_from_wire(newer, 0.0).slo_class is SloClass.STANDARD
+
+
+SERVICE_CASES = [
+    *(("ttft_left_ms", value) for value in (math.nan, math.inf, -math.inf)),
+    *(("tpot_ms", value) for value in (math.nan, math.inf, -1.0)),
+    *(("weight", value) for value in (math.nan, math.inf, -1.0, 1e-4, 1001.0)),
+    ("tenant", "t" * 129),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), SERVICE_CASES)
+def test_a_promise_that_would_spoil_the_order_of_a_queue_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(BatonError) as failure:
+        convert.request_from_wire(make_spec(service=pb.ServiceLevel(**{field: value})), 0.0, VOCAB_SIZE)
+    assert failure.value.param == f"service.{field}"
 
 
 def make_spec(**fields: Any) -> pb.GenerationSpec:

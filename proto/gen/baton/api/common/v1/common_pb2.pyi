@@ -30,6 +30,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_ABORT: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
     FINISH_REASON_TOOL_CALLS: _ClassVar[FinishReason]
+
+class RequestClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_CLASS_UNSPECIFIED: _ClassVar[RequestClass]
+    REQUEST_CLASS_INTERACTIVE: _ClassVar[RequestClass]
+    REQUEST_CLASS_STANDARD: _ClassVar[RequestClass]
+    REQUEST_CLASS_BATCH: _ClassVar[RequestClass]
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
 WORKER_ROLE_DECODE: WorkerRole
@@ -45,6 +52,10 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_ERROR: FinishReason
 FINISH_REASON_TOOL_CALLS: FinishReason
+REQUEST_CLASS_UNSPECIFIED: RequestClass
+REQUEST_CLASS_INTERACTIVE: RequestClass
+REQUEST_CLASS_STANDARD: RequestClass
+REQUEST_CLASS_BATCH: RequestClass
 
 class WorkerIdentity(_message.Message):
     __slots__ = ("worker_id", "incarnation")
@@ -118,7 +129,7 @@ class Token(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ...) -> None: ...
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "num_prompt_tokens", "sampling", "cache_salt", "deadline_ms")
+    __slots__ = ("request_id", "attempt", "token_ids", "num_prompt_tokens", "sampling", "cache_salt", "deadline_ms", "service")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +137,7 @@ class GenerationSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -133,7 +145,22 @@ class GenerationSpec(_message.Message):
     sampling: SamplingParams
     cache_salt: str
     deadline_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    service: ServiceLevel
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., service: _Optional[_Union[ServiceLevel, _Mapping]] = ...) -> None: ...
+
+class ServiceLevel(_message.Message):
+    __slots__ = ("request_class", "ttft_left_ms", "tpot_ms", "tenant", "weight")
+    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
+    TPOT_MS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    request_class: RequestClass
+    ttft_left_ms: float
+    tpot_ms: float
+    tenant: str
+    weight: float
+    def __init__(self, request_class: _Optional[_Union[RequestClass, str]] = ..., ttft_left_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class RequestOutput(_message.Message):
     __slots__ = ("request_id", "attempt", "first_index", "tokens", "finish_reason", "stop_token_id", "error", "prefill", "transfer", "prompt_tokens", "handed_over", "fetch")
@@ -290,7 +317,7 @@ class KVBlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., request: _Optional[int] = ..., transfer: _Optional[int] = ..., quarantine: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total")
+    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total", "batch_queued_tokens")
     class KvTransferBytesTotalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -328,6 +355,7 @@ class WorkerStatus(_message.Message):
     STARTED_MS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BATCH_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     identity: WorkerIdentity
     role: WorkerRole
     state: WorkerState
@@ -358,4 +386,5 @@ class WorkerStatus(_message.Message):
     started_ms: int
     problem: str
     corrupt_blocks_total: int
-    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ...) -> None: ...
+    batch_queued_tokens: int
+    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ..., batch_queued_tokens: _Optional[int] = ...) -> None: ...
