@@ -52,7 +52,9 @@ class DecodeWorker(Worker[DecodeScheduler]):
         on_turn: Callable[[DecodeScheduler, float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        scheduler = DecodeScheduler(parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching)
+        scheduler = DecodeScheduler(
+            parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching, pace=parts.pace
+        )
         super().__init__(parts, scheduler, on_turn=on_turn, clock=clock)
         self._expected: dict[str, _Expected] = {}
 

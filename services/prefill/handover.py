@@ -48,7 +48,9 @@ class PrefillWorker(Worker[PrefillScheduler]):
         on_turn: Callable[[PrefillScheduler, float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        scheduler = PrefillScheduler(parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching)
+        scheduler = PrefillScheduler(
+            parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching, pace=parts.pace
+        )
         super().__init__(parts, scheduler, on_turn=on_turn, clock=clock)
         self._destinations: dict[str, _Destination] = {}
 

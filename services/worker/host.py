@@ -29,6 +29,7 @@ from baton.services.core.block_pool import BlockPool
 from baton.services.core.errors import ConfigurationError
 from baton.services.core.quarantine import QuarantineBudget, QuarantineLimits
 from baton.services.core.router import Role
+from baton.services.core.scheduler.pace import Pace
 from baton.services.core.watchdog import WatchdogLimits
 from baton.services.engine.engine import Engine, set_num_threads
 from baton.services.engine.kv_cache import KVCacheShape
@@ -130,6 +131,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             vocab_size=loaded.config.vocab_size,
             prefix_caching=settings.prefix_caching,
             grammars=engine.grammars,
+            pace=Pace(self._speed.warm_s_per_token, self._speed.warm_step_s),
             clock=self._environment.clock,
             step_loop=self._environment.step_loop,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from baton.api.common.v1 import common_pb2 as pb
@@ -12,6 +12,7 @@ from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.scheduler.base import SchedulerLimits
 from baton.services.engine.grammar import GrammarCompiler
+from baton.services.core.scheduler.pace import Pace
 from baton.services.worker.step_loop import StepEngine, StepLoop
 
 
@@ -27,5 +28,6 @@ class WorkerParts:
     vocab_size: int
     prefix_caching: bool
     grammars: GrammarCompiler | None = None  # the engine's; None: it knows none
+    pace: Pace = field(default_factory=Pace)  # as far as a warm-up measured it
     clock: Callable[[], float] = time.monotonic
     step_loop: type[StepLoop[Any]] = StepLoop

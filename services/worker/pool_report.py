@@ -51,6 +51,7 @@ def add_report(status: pb.WorkerStatus, report: PoolReport) -> None:
     status.queued = stats.queued
     status.running = stats.running
     status.queued_tokens = stats.queued_tokens
+    status.batch_queued_tokens = stats.batch_queued_tokens
     status.preemptions_total = stats.preemptions_total
 
 

@@ -19,6 +19,7 @@ from baton.services.core.scheduler.base import RequestUpdate, Reservation, Sched
 from baton.services.core.scheduler.decode import DecodeScheduler
 from baton.services.core.scheduler.output_length import OutputLengthEstimator
 from baton.services.core.scheduler.prefill import PrefillScheduler
+from baton.services.core.slo import ServiceLevel
 
 VOCABULARY = 12
 EOS = 0
@@ -147,7 +148,13 @@ class World:
         self.num_preemptions = self.num_cached_tokens = 0
 
     def make_request(
-        self, prompt: list[int], max_tokens: int, salt: str, lifetime_s: float | None, attempt: int = 1
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        salt: str,
+        lifetime_s: float | None,
+        attempt: int = 1,
+        service: ServiceLevel | None = None,
     ) -> Request:
         return Request(
             f"r{len(self.requests)}",
@@ -158,20 +165,35 @@ class World:
             cache_salt=salt,
             arrival_s=self.now,
             deadline_s=None if lifetime_s is None else self.now + lifetime_s,
+            service=service or ServiceLevel(),
         )
 
     def _track(self, request: Request) -> None:
         self.requests.append(request)
         self.outputs[request] = []
 
-    def start_local(self, prompt: list[int], max_tokens: int, salt: str, lifetime_s: float | None) -> None:
-        request = self.make_request(prompt, max_tokens, salt, lifetime_s)
+    def start_local(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        salt: str,
+        lifetime_s: float | None,
+        service: ServiceLevel | None = None,
+    ) -> None:
+        request = self.make_request(prompt, max_tokens, salt, lifetime_s, service=service)
         self._track(request)
         self.decode.add(request)
 
-    def start_remote(self, prompt: list[int], max_tokens: int, salt: str, lifetime_s: float | None) -> None:
-        sender = self.make_request(prompt, max_tokens, salt, lifetime_s)
-        receiver = self.make_request(prompt, max_tokens, salt, lifetime_s)
+    def start_remote(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        salt: str,
+        lifetime_s: float | None,
+        service: ServiceLevel | None = None,
+    ) -> None:
+        sender = self.make_request(prompt, max_tokens, salt, lifetime_s, service=service)
+        receiver = self.make_request(prompt, max_tokens, salt, lifetime_s, service=service)
         self._track(receiver)
         self.prefill.add(sender)
         self.handoffs.append(Handoff(sender, receiver))
@@ -278,6 +300,7 @@ class World:
             handoff.receiver.cache_salt,
             None,
             attempt=2,
+            service=handoff.receiver.service,
         )
         retry.request_id = request_id
         self._track(retry)

@@ -17,6 +17,7 @@ from baton.services.core.scheduler.base import (
 )
 from baton.services.core.scheduler.decode import DecodeScheduler
 from baton.services.core.scheduler.prefill import PrefillScheduler
+from baton.services.core.slo import ServiceLevel, SloClass
 
 NAMER = BlockNamer(b"key of the tests", "model")
 BLOCK_SIZE = 4
@@ -32,6 +33,7 @@ def make_request(
     arrival_s: float = 0.0,
     deadline_s: float | None = None,
     cache_salt: str = "",
+    service: ServiceLevel | None = None,
     **sampling: Any,
 ) -> Request:
     """Its prompt counts up from ``first_token``, so that prompts with the same start share their prefix."""
@@ -44,24 +46,56 @@ def make_request(
         arrival_s=arrival_s,
         deadline_s=deadline_s,
         cache_salt=cache_salt,
+        service=service or ServiceLevel(),
     )
+
+
+def interactive(due_s: float | None = None, **fields: Any) -> ServiceLevel:
+    """What somebody is promised who watches."""
+    return ServiceLevel(SloClass.INTERACTIVE, due_s, **fields)
+
+
+def standard(due_s: float | None = None, **fields: Any) -> ServiceLevel:
+    """What somebody is promised who waits."""
+    return ServiceLevel(SloClass.STANDARD, due_s, **fields)
+
+
+def batch(**fields: Any) -> ServiceLevel:
+    """What nobody waits for."""
+    return ServiceLevel(SloClass.BATCH, **fields)
 
 
 def make_limits(**changes: Any) -> SchedulerLimits:
     return SchedulerLimits(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64} | changes)
 
 
-def make_prefill(num_blocks: int = 32, *, prefix_caching: bool = True, **limits: Any) -> PrefillScheduler:
+def make_prefill(
+    num_blocks: int = 32, *, prefix_caching: bool = True, pace: Any = None, patience: Any = None, **limits: Any
+) -> PrefillScheduler:
     pool = BlockPool(num_blocks, BLOCK_SIZE)
-    return PrefillScheduler(pool, NAMER, make_limits(**limits), enable_prefix_caching=prefix_caching)
+    return PrefillScheduler(
+        pool, NAMER, make_limits(**limits), enable_prefix_caching=prefix_caching, pace=pace, patience=patience
+    )
 
 
 def make_decode(
-    num_blocks: int = 32, *, prefix_caching: bool = True, output_lengths: Any = None, **limits: Any
+    num_blocks: int = 32,
+    *,
+    prefix_caching: bool = True,
+    output_lengths: Any = None,
+    pace: Any = None,
+    patience: Any = None,
+    **limits: Any,
 ) -> DecodeScheduler:
     pool = BlockPool(num_blocks, BLOCK_SIZE)
     return DecodeScheduler(
-        pool, NAMER, make_limits(**limits), output_lengths=output_lengths, enable_prefix_caching=prefix_caching
+        pool,
+        NAMER,
+        make_limits(**limits),
+        output_lengths=output_lengths,
+        enable_prefix_caching=prefix_caching,
+        pace=pace,
+        patience=patience,
     )
 
 

@@ -10,6 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from baton.services.core.slo import ServiceLevel, SloClass
+
 # Few starts and few tails, so that prompts share prefixes, whole and in part.
 PROMPTS = st.builds(
     lambda start, length, tail: [100 * start + position for position in range(length)] + [tail] * (tail % 3),
@@ -20,6 +22,14 @@ PROMPTS = st.builds(
 SALTS = st.sampled_from(["", "tenant"])
 LIFETIMES = st.sampled_from([None, None, None, 3.0])
 INDEX = st.integers(0, 5)
+SERVICES = st.builds(
+    ServiceLevel,
+    slo_class=st.sampled_from(SloClass),
+    next_token_due_s=st.sampled_from([None, 0.0, 1.0, 5.0]),
+    tpot_s=st.sampled_from([None, 0.1]),
+    tenant=st.sampled_from(["", "a", "b"]),
+    weight=st.sampled_from([1.0, 4.0]),
+)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -37,20 +47,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 24),
         salt=SALTS,
         lifetime_s=LIFETIMES,
+        service=SERVICES,
     )
-    def start_remote(self, prompts: list[list[int]], max_tokens: int, salt: str, lifetime_s: float | None) -> None:
+    def start_remote(
+        self, prompts: list[list[int]], max_tokens: int, salt: str, lifetime_s: float | None, service: ServiceLevel
+    ) -> None:
         for prompt in prompts:
-            self.world.start_remote(prompt, min(max_tokens, MAX_MODEL_LEN - len(prompt)), salt, lifetime_s)
+            num_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
+            self.world.start_remote(prompt, num_tokens, salt, lifetime_s, service)
 
     @rule(
         prompts=st.lists(PROMPTS, min_size=1, max_size=2),
         max_tokens=st.integers(1, 24),
         salt=SALTS,
         lifetime_s=LIFETIMES,
+        service=SERVICES,
     )
-    def start_local(self, prompts: list[list[int]], max_tokens: int, salt: str, lifetime_s: float | None) -> None:
+    def start_local(
+        self, prompts: list[list[int]], max_tokens: int, salt: str, lifetime_s: float | None, service: ServiceLevel
+    ) -> None:
         for prompt in prompts:
-            self.world.start_local(prompt, min(max_tokens, MAX_MODEL_LEN - len(prompt)), salt, lifetime_s)
+            num_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
+            self.world.start_local(prompt, num_tokens, salt, lifetime_s, service)
 
     @rule(steps=st.integers(1, 6))
     def step_prefill(self, steps: int) -> None:
@@ -146,7 +164,11 @@ def test_tiny_pools_under_steady_load_make_progress(seed: int) -> None:
         start = rng.randint(1, 3) * 100
         prompt = [start + position for position in range(length)]
         begin = world.start_remote if rng.random() < 0.6 else world.start_local
-        begin(prompt, rng.randint(1, MAX_MODEL_LEN - length), "", None)
+        slo_class = rng.choice(list(SloClass))
+        due_s = None if rng.random() < 0.3 else world.now + rng.random()
+        service = ServiceLevel(slo_class, due_s, tenant=rng.choice("ab"), weight=rng.choice([1.0, 3.0]))
+        begin(prompt, rng.randint(1, MAX_MODEL_LEN - length), "", None, service)
+        world.now += 0.05
         for _ in range(rng.randint(0, 3)):
             world.step_prefill()
             world.step_decode()

@@ -79,7 +79,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step. ``scheduled`` has the single-token requests first, each group oldest first."""
+    """One step. ``scheduled`` has the single-token requests first, each group in the order of urgency."""
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)  # lost their blocks and wait again
@@ -140,6 +140,7 @@ class SchedulerStats:
     queued: int = 0  # requests waiting for their first step or for blocks
     running: int = 0  # requests in the batch
     queued_tokens: int = 0  # tokens that wait to be prefilled, queued or in progress
+    batch_queued_tokens: int = 0  # of these, those that give way to others
     awaiting_kv: int = 0  # granted reservations whose blocks have not all arrived
     handing_over: int = 0  # computed prompts whose receiver has not acknowledged
     preemptions_total: int = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.block_state import Hold, Owner
-from baton.services.core.request import Request, TokenLogprobs
+from baton.services.core.request import Request, RequestState, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +22,9 @@ class Sequence:
     partial_name: bytes | None  # of the tokens behind those
     num_named: int = 0  # leading blocks of the table that have been named
     num_reported: int = 0  # leading blocks of the table that have been reported as complete
+    due_s: float = 0.0  # work on it has to begin by then
+    can_be_late: bool = False  # it has a target that it has not been put back for yet
+    is_promoted: bool = False  # batch that has given way for long enough
     promised_blocks: int = 0  # blocks that admission promised it, those in its table included
     has_sampled: bool = False  # its first token on this worker is there
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -77,6 +80,11 @@ class BlockTables:
     def num_to_compute(self, sequence: Sequence) -> int:
         """Tokens that a request would have to compute if it were admitted now."""
         return sequence.request.num_tokens - len(self.plan(sequence).hits) * self._block_size
+
+    def num_left(self, sequence: Sequence) -> int:
+        """Tokens that it still has to compute, or would have to if it were admitted now."""
+        is_admitted = sequence.request.state is RequestState.RUNNING
+        return sequence.request.num_uncomputed_tokens if is_admitted else self.num_to_compute(sequence)
 
     def admit(self, sequence: Sequence, plan: Plan, transfer: Hold | None = None) -> list[int]:
         """Carry out a plan made just now: pin the hits, allocate the rest and return it.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def share_tokens(remaining: Sequence[int], budget: int, short_share: float) -> list[int]:
-    """Tokens for each prompt this step; ``remaining`` is what each still has to compute, oldest first.
+    """Tokens for each prompt this step; ``remaining`` is what each still has to compute, in the order of their turns.
 
-    First come, first served, with one exception: a prompt that would fit into ``short_share`` of the budget is short, and
+    In that order, with one exception: a prompt that would fit into ``short_share`` of the budget is short, and
     as much of that share as short prompts behind a long one need is kept back for them. So a long prompt delays the short
     ones behind it by a step or two and not by its own length, and is itself slowed to ``1 - short_share`` at worst.
     No token of the budget is left over while a prompt could use it.
@@ -27,3 +27,11 @@ def share_tokens(remaining: Sequence[int], budget: int, short_share: float) -> l
         budget -= share
         shares.append(share)
     return shares
+
+
+def share_by_rank(remaining: Sequence[tuple[int, bool]], budget: int, short_share: float) -> list[int]:
+    """The same for prompts of which the last ones may give way (the second part of each pair): they get what is left over."""
+    first_yielding = next((i for i, (_, gives_way) in enumerate(remaining) if gives_way), len(remaining))
+    tokens = [num_tokens for num_tokens, _ in remaining]
+    shares = share_tokens(tokens[:first_yielding], budget, short_share)
+    return shares + share_tokens(tokens[first_yielding:], budget - sum(shares), short_share)

@@ -7,15 +7,16 @@ A request comes with its blocks still to be received (``reserve``, then ``commit
     WAITING ----------------> RUNNING -> FINISHED        add .. admitted
     WAITING <---------------- RUNNING                    preempted: computed again from its tokens, mostly prefix hits
 
-Why this cannot get stuck. Requests are ordered by arrival. Only the newest running one is ever preempted, and never the
-last: the oldest gets every block that it needs, as soon as no transfer holds it, and every transfer ends (by commit,
-abort or lease). The queue is served in order too, so the head gets the room that it waits for.
+Why this cannot get stuck. Requests that run are ranked, and a rank does not change while they run: the most urgent first,
+batch last. Only the last one is ever preempted for another's growth, and never the first: that gets every block that it
+needs, as soon as no transfer holds it, and every transfer ends (by commit, abort or lease). The queue is served in order
+too (``waiting``), so its head gets the room that it waits for. Batch gives its seats and blocks to whoever waits for them in
+front of it, until its patience is over: then it is ranked like the others.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Iterable
 
 from baton.services.core.block_hash import BlockNamer
@@ -31,17 +32,18 @@ from baton.services.core.scheduler.base import (
     SchedulerStats,
     StepResult,
 )
-from baton.services.core.scheduler.block_tables import BlockTables, Plan, Sequence
+from baton.services.core.scheduler.block_tables import BlockTables, Sequence
 from baton.services.core.scheduler.cache_moves import CacheMoves
-from baton.services.core.scheduler.chunking import share_tokens
+from baton.services.core.scheduler.chunking import share_by_rank
+from baton.services.core.scheduler.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST
 from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token, max_kv_tokens
 from baton.services.core.scheduler.growth import GrowthPromises
 from baton.services.core.scheduler.incoming import IncomingHandoffs, IncomingState
 from baton.services.core.scheduler.output_length import OutputLengthEstimator
+from baton.services.core.scheduler.pace import Pace, prompt_budget
 from baton.services.core.scheduler.progress import prefill_info, record_chunk
-
-# Queued prompts that one step looks at; so many cannot all get tokens in it anyway.
-MAX_LOOKAHEAD = 16
+from baton.services.core.scheduler.room import Room, RoomFinder
+from baton.services.core.scheduler.waiting import Patience, WaitingQueue, is_yielding, merged, rank, tokens_left
 
 
 class DecodeScheduler:
@@ -55,26 +57,31 @@ class DecodeScheduler:
         *,
         output_lengths: OutputLengthEstimator | None = None,
         enable_prefix_caching: bool = True,
+        pace: Pace | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.pool = pool
         self.limits = limits
         self.moves = CacheMoves(pool, limits.transfer_lease_s)
         self.output_lengths = output_lengths or OutputLengthEstimator()
         self._tables = BlockTables(pool, namer, enable_prefix_caching=enable_prefix_caching)
-        self._growth = GrowthPromises(self._tables, self.output_lengths, limits.max_model_len)
         self._incoming = IncomingHandoffs(pool, self._tables, limits.transfer_lease_s)
+        growth = GrowthPromises(self._tables, self.output_lengths, limits.max_model_len)
+        self._room = RoomFinder(self._tables, growth, self._incoming, limits)
         self._sequences: dict[str, Sequence] = {}  # everything that has not ended
-        self._queue: OrderedDict[str, Sequence] = OrderedDict()  # prompts and reservations, in order
+        self._pace = pace or Pace()
+        self._queue = WaitingQueue(self._pace, patience or Patience(), self._cost)  # prompts and reservations
         self._awaiting: dict[str, Sequence] = {}  # granted, their blocks still to arrive
-        self._running: list[Sequence] = []  # oldest first
+        self._running: list[Sequence] = []  # most urgent first
         self._num_added = 0
         self._num_preemptions = 0
+        self._now = 0.0  # of the last step
 
     # Requests in and out
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._queue or self._awaiting)
+        return bool(self._running or len(self._queue) or self._awaiting)
 
     def add(self, request: Request) -> None:
         """Queue a prompt to be computed here. Raises BatonError for a request that could never run to its end here."""
@@ -89,7 +96,7 @@ class DecodeScheduler:
         A sender asks only when its own scheduler has admitted the prompt, so that what is granted will surely be filled:
         otherwise two workers could each wait for room that the other's requests hold.
         """
-        sequence = self._enqueue(request)
+        sequence = self._enqueue(request, computes=False)
         try:
             if self.block_names(request.request_id) != block_names:
                 raise BatonError(
@@ -104,10 +111,11 @@ class DecodeScheduler:
                 )
             self._incoming.open(sequence, now)
         except BatonError:
-            del self._sequences[request.request_id], self._queue[request.request_id]
+            del self._sequences[request.request_id]
+            self._queue.remove(request.request_id)
             raise
         # Only this one: those before it that have room too come out of ``schedule``, where their callers look for them.
-        if sequence in self._find_room():
+        if sequence in self._look_for_room(now).found:
             return self._grant(sequence, now)
         return None
 
@@ -125,7 +133,7 @@ class DecodeScheduler:
         del self._awaiting[request_id]
         self._incoming.commit(incoming)
         request.state = RequestState.RUNNING
-        insort(self._running, sequence, key=lambda running: running.order)
+        insort(self._running, sequence, key=rank)
         sequence.has_sampled = True
         if (reason := append_token(request, first_token.token_id, self.limits.max_model_len)) is not None:
             self._end(sequence, FinishReason.ERROR)
@@ -186,19 +194,18 @@ class DecodeScheduler:
     def room_for_moves(self) -> int:
         """Blocks that may be taken to bring cached ones here: not those promised to what runs, nor those that the first in
         the queue waits for."""
-        room = self.pool.num_available - self._growth.outstanding(self._running, self._awaiting.values())
-        first = next(iter(self._queue.values()), None)
-        return room - (0 if first is None else self._plan(first).num_taken)
+        room = self._room.unpromised(self._running, self._awaiting.values())
+        first = self._queue.first(self._now)
+        return room - (0 if first is None else self._room.plan(first).num_taken)
 
     def stats(self) -> SchedulerStats:
+        own = [sequence for sequence in self._sequences.values() if self._incoming.of(sequence) is None]
+        prefilling = [sequence for sequence in own if sequence.request.is_prefilling]
         return SchedulerStats(
             queued=len(self._queue),
             running=len(self._running),
-            queued_tokens=sum(
-                sequence.request.num_uncomputed_tokens
-                for sequence in self._sequences.values()
-                if sequence.request.is_prefilling and self._incoming.of(sequence) is None
-            ),
+            queued_tokens=tokens_left(prefilling),
+            batch_queued_tokens=tokens_left(filter(is_yielding, prefilling)),
             awaiting_kv=len(self._awaiting),
             preemptions_total=self._num_preemptions,
         )
@@ -206,21 +213,21 @@ class DecodeScheduler:
     # Steps
 
     def schedule(self, now: float) -> SchedulerOutput:
+        self._now = now
         expired = self._expire(now)
+        yielded = self._make_way(now)
         decodes, preempted = self._schedule_decodes(now)
-        budget = self.limits.max_num_batched_tokens - len(decodes)
-        if decodes and self.limits.max_interleaved_prefill_tokens is not None:
-            budget = min(budget, self.limits.max_interleaved_prefill_tokens)
+        budget = prompt_budget(self.limits, self._pace, decodes, self.pool.block_size)
 
-        # What was just taken from one request is not for another.
-        arrivals = [] if preempted else self._find_room()
+        # What was just taken from one request is not for another, unless it was taken for that one.
+        arrivals = [] if preempted else self._look_for_room(now).found
+        if yielded:
+            arrivals = [sequence for sequence in arrivals if not is_yielding(sequence)]
         prompts = [sequence for sequence in arrivals if self._incoming.of(sequence) is None]
         prefilling = [sequence for sequence in self._running if sequence.request.is_prefilling]
-        remaining = [sequence.request.num_uncomputed_tokens for sequence in prefilling]
-        remaining += [self._tables.num_to_compute(sequence) for sequence in prompts]
-        shares = dict(
-            zip(prefilling + prompts, share_tokens(remaining, budget, self.limits.short_prompt_share), strict=True)
-        )
+        candidates = merged(prefilling, prompts)
+        remaining = [(self._tables.num_left(sequence), is_yielding(sequence)) for sequence in candidates]
+        shares = dict(zip(candidates, share_by_rank(remaining, budget, self.limits.short_prompt_share), strict=True))
         scheduled = decodes + [ScheduledRequest(s.request, shares[s]) for s in prefilling if shares[s]]
         granted: list[Reservation] = []
         for sequence in arrivals:
@@ -230,14 +237,27 @@ class DecodeScheduler:
             elif shares[sequence] and self._admit(sequence, now):
                 num_tokens = min(shares[sequence], sequence.request.num_uncomputed_tokens)
                 scheduled.append(ScheduledRequest(sequence.request, num_tokens))
-        return SchedulerOutput(scheduled, preempted, granted, expired)
+        return SchedulerOutput(scheduled, yielded + preempted, granted, expired)
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestUpdate]:
+        num_decodes = sum(not item.request.is_prefilling for item in output.scheduled)
+        self._pace.observe(now - self._now, output.num_tokens - num_decodes, num_decodes)
         return [
             self._advance(sequence, item, result, now)
             for item in output.scheduled
             if (sequence := self._sequences.get(item.request.request_id)) and sequence.request is item.request
         ]
+
+    def _make_way(self, now: float) -> list[Request]:
+        """Batch gives its seats and blocks up as soon as somebody in front of it waits for them."""
+        yielded: list[Request] = []
+        while self._running and is_yielding(self._running[-1]):
+            blocked = self._look_for_room(now).blocked
+            if blocked is None or is_yielding(blocked):
+                break
+            yielded.append(self._running[-1].request)
+            self._preempt(self._running[-1])
+        return yielded
 
     def _schedule_decodes(self, now: float) -> tuple[list[ScheduledRequest], list[Request]]:
         """One token for each request that has only that to compute, making room for it where it needs a block."""
@@ -277,63 +297,41 @@ class DecodeScheduler:
         request.state = RequestState.WAITING
         request.num_preemptions += 1
         self._num_preemptions += 1
-        self._queue[request.request_id] = sequence
-        self._queue.move_to_end(request.request_id, last=False)
+        self._queue.push_back(sequence)
 
-    def _find_room(self) -> list[Sequence]:
-        """The head of the queue, as far as there is room for it to come and to grow. Takes nothing yet.
-
-        In order: behind one that has no room nobody has, or the long would starve.
-        """
-        found: list[Sequence] = []
-        num_prompts = 0
-        num_active = len(self._running) + len(self._awaiting)
-        room = self.pool.num_available - self._growth.outstanding(self._running, self._awaiting.values())
-        for sequence in self._queue.values():
-            if num_active + len(found) >= self.limits.max_num_seqs or num_prompts >= MAX_LOOKAHEAD:
-                break
-            plan = self._plan(sequence)
-            num_blocks = len(plan.hits) + plan.num_new
-            sequence.promised_blocks = max(num_blocks, self._growth.promise(sequence.request))
-            growth = sequence.promised_blocks - num_blocks
-            # Alone it may have everything: there is nobody whom it could drive out.
-            is_alone = num_active + len(found) == 0
-            if plan.num_taken + (0 if is_alone else growth) > room:
-                break
-            room -= plan.num_taken + growth
-            num_prompts += self._incoming.of(sequence) is None
-            found.append(sequence)
-        return found
-
-    def _plan(self, sequence: Sequence) -> Plan:
-        """A reservation may find all its full blocks here; a prompt has to compute its last token."""
-        if self._incoming.of(sequence) is None:
-            return self._tables.plan(sequence)
-        return self._tables.plan(sequence, num_hits=sequence.request.num_tokens // self.pool.block_size)
+    def _look_for_room(self, now: float) -> Room:
+        return self._room.find(self._queue.in_order(now), self._running, self._awaiting.values())
 
     def _grant(self, sequence: Sequence, now: float) -> Reservation | None:
-        plan, incoming = self._plan(sequence), self._incoming.of(sequence)
+        plan, incoming = self._room.plan(sequence), self._incoming.of(sequence)
         # Those admitted just before may have evicted a prefix that was counted on.
         if incoming is None or plan.num_taken > self.pool.num_available:
             return None
         request = sequence.request
-        del self._queue[request.request_id]
+        self._queue.take(sequence, 0)
         self._awaiting[request.request_id] = sequence
         request.state = RequestState.AWAITING_KV
         return self._incoming.grant(incoming, plan, now)
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
-        plan = self._plan(sequence)
+        plan = self._room.plan(sequence)
         if plan.num_taken > self.pool.num_available:
             return False
         request = sequence.request
-        del self._queue[request.request_id]
         self._tables.admit(sequence, plan)
-        insort(self._running, sequence, key=lambda running: running.order)
+        self._queue.take(sequence, request.num_uncomputed_tokens)
+        insort(self._running, sequence, key=rank)
         request.state = RequestState.RUNNING
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now
         return True
+
+    def _cost(self, sequence: Sequence) -> float:
+        """What a request that waits will probably cost its tenant."""
+        request = sequence.request
+        num_output = self.output_lengths.expected(request.sampling.max_tokens, request.num_output_tokens)
+        num_prompt = request.num_uncomputed_tokens if self._incoming.of(sequence) is None else 0
+        return PROMPT_TOKEN_COST * num_prompt + OUTPUT_TOKEN_COST * num_output
 
     # Ends
 
@@ -351,6 +349,7 @@ class DecodeScheduler:
         token = result.sampled[request.request_id]
         is_first = not sequence.has_sampled
         sequence.has_sampled = True
+        self._queue.charge_output(sequence)
         reason = append_token(request, token.token_id, self.limits.max_model_len)
         if reason is not None:
             self.output_lengths.observe(request.num_output_tokens)
@@ -366,14 +365,15 @@ class DecodeScheduler:
             prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None,
         )
 
-    def _enqueue(self, request: Request) -> Sequence:
+    def _enqueue(self, request: Request, *, computes: bool = True) -> Sequence:
         if request.request_id in self._sequences:
             raise BatonError(ErrorCode.INVALID_REQUEST, f"request {request.request_id} is already on this worker")
         max_model_len = self.limits.max_model_len
         check_can_be_served(request, self.pool, max_model_len, max_kv_tokens(request, max_model_len))
         sequence = self._tables.open(request, self._num_added)
         self._num_added += 1
-        self._sequences[request.request_id] = self._queue[request.request_id] = sequence
+        self._sequences[request.request_id] = sequence
+        self._queue.push(sequence, computes=computes)
         return sequence
 
     def _expire(self, now: float) -> list[Request]:
@@ -388,7 +388,7 @@ class DecodeScheduler:
         request = sequence.request
         incoming = self._incoming.of(sequence)
         del self._sequences[request.request_id]
-        self._queue.pop(request.request_id, None)
+        self._queue.remove(request.request_id)
         self._awaiting.pop(request.request_id, None)
         if request.state is RequestState.RUNNING:
             self._running.remove(sequence)

@@ -12,7 +12,6 @@ well, from that report to ``release``: an aborted request leaves them to it, bec
 from __future__ import annotations
 
 from bisect import insort
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -31,10 +30,16 @@ from baton.services.core.scheduler.base import (
 )
 from baton.services.core.scheduler.block_tables import BlockTables, Sequence
 from baton.services.core.scheduler.cache_moves import CacheMoves
-from baton.services.core.scheduler.chunking import share_tokens
+from baton.services.core.scheduler.chunking import share_by_rank
+from baton.services.core.scheduler.fairness import PROMPT_TOKEN_COST
 from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token
+from baton.services.core.scheduler.pace import Pace
 from baton.services.core.scheduler.progress import prefill_info, record_chunk
+from baton.services.core.scheduler.waiting import Patience, WaitingQueue, is_yielding, merged, rank, tokens_left
 
+# Part of seats and blocks that batch prompts may hold. Those in progress are never preempted here, so what they must not have
+# when somebody in a hurry comes they do not get.
+BATCH_SHARE = 0.5
 # Waiting prompts whose cached prefix is looked up in one step; so many cannot all get tokens in it anyway.
 MAX_LOOKAHEAD = 16
 
@@ -48,24 +53,33 @@ class _Outgoing:
 
 
 class PrefillScheduler:
-    """First come, first served, under a token budget in which short prompts have a share."""
+    """The most urgent first, tenants in turn, under a token budget in which short prompts have a share."""
 
     def __init__(
-        self, pool: BlockPool, namer: BlockNamer, limits: SchedulerLimits, *, enable_prefix_caching: bool = True
+        self,
+        pool: BlockPool,
+        namer: BlockNamer,
+        limits: SchedulerLimits,
+        *,
+        enable_prefix_caching: bool = True,
+        pace: Pace | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.pool = pool
         self.limits = limits
         self.moves = CacheMoves(pool, limits.transfer_lease_s)
         self._tables = BlockTables(pool, namer, enable_prefix_caching=enable_prefix_caching)
         self._sequences: dict[str, Sequence] = {}  # everything that has not ended
-        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
-        self._running: list[Sequence] = []  # oldest first
+        self._pace = pace or Pace()
+        self._waiting = WaitingQueue(self._pace, patience or Patience(), _cost)
+        self._running: list[Sequence] = []  # most urgent first
         self._outgoing: dict[tuple[str, int], _Outgoing] = {}  # by request id and attempt; outlives the request
         self._num_added = 0
+        self._now = 0.0  # of the last step
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or len(self._waiting))
 
     def add(self, request: Request) -> None:
         """Queue a prompt. Raises BatonError for one that this worker can never compute, or has already."""
@@ -74,7 +88,8 @@ class PrefillScheduler:
         check_can_be_served(request, self.pool, self.limits.max_model_len, request.num_tokens)
         sequence = self._tables.open(request, self._num_added)
         self._num_added += 1
-        self._sequences[request.request_id] = self._waiting[request.request_id] = sequence
+        self._sequences[request.request_id] = sequence
+        self._waiting.push(sequence)
 
     def is_handed_over(self, request: Request) -> bool:
         """A handoff will follow, unless the first token happens to end the request."""
@@ -90,19 +105,19 @@ class PrefillScheduler:
         return self._sequences[request_id].initial_names
 
     def schedule(self, now: float) -> SchedulerOutput:
+        self._now = now
         output = SchedulerOutput(expired=self._expire(now))
-        arrivals = self._find_room()
-        remaining = [sequence.request.num_uncomputed_tokens for sequence in self._running]
-        remaining += [self._tables.num_to_compute(sequence) for sequence in arrivals]
-        shares = share_tokens(remaining, self.limits.max_num_batched_tokens, self.limits.short_prompt_share)
-        # A copy: admission adds to the running ones.
-        for sequence, share in zip([*self._running, *arrivals], shares, strict=True):
+        candidates = merged(self._running, self._find_room(now))
+        remaining = [(self._tables.num_left(sequence), is_yielding(sequence)) for sequence in candidates]
+        shares = share_by_rank(remaining, self.limits.max_num_batched_tokens, self.limits.short_prompt_share)
+        for sequence, share in zip(candidates, shares, strict=True):
             request = sequence.request
             if share and (request.state is RequestState.RUNNING or self._admit(sequence, now)):
                 output.scheduled.append(ScheduledRequest(request, min(share, request.num_uncomputed_tokens)))
         return output
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestUpdate]:
+        self._pace.observe(now - self._now, output.num_tokens, 0)
         return [
             self._advance(sequence, item, result, now)
             for item in output.scheduled
@@ -141,18 +156,16 @@ class PrefillScheduler:
 
     def room_for_moves(self) -> int:
         """Blocks that may be taken to bring cached ones here: not those that the first in the queue waits for."""
-        first = next(iter(self._waiting.values()), None)
+        first = self._waiting.first(self._now)
         return self.pool.num_available - (0 if first is None else self._tables.plan(first).num_taken)
 
     def stats(self) -> SchedulerStats:
+        prefilling = [s for s in self._sequences.values() if s.request.state is not RequestState.HANDING_OVER]
         return SchedulerStats(
             queued=len(self._waiting),
             running=len(self._running),
-            queued_tokens=sum(
-                sequence.request.num_uncomputed_tokens
-                for sequence in self._sequences.values()
-                if sequence.request.state is not RequestState.HANDING_OVER
-            ),
+            queued_tokens=tokens_left(prefilling),
+            batch_queued_tokens=tokens_left(filter(is_yielding, prefilling)),
             handing_over=len(self._sequences) - len(self._waiting) - len(self._running),
         )
 
@@ -162,7 +175,7 @@ class PrefillScheduler:
             self._end(sequence, FinishReason.ERROR)
         return [sequence.request for sequence in late]
 
-    def _find_room(self) -> list[Sequence]:
+    def _find_room(self, now: float) -> list[Sequence]:
         """The head of the queue, as far as there are seats and blocks for it. Takes nothing yet.
 
         In order: behind one that has no room nobody has, or the long would starve.
@@ -170,12 +183,21 @@ class PrefillScheduler:
         num_seats = self.limits.max_num_seqs - len(self._running)
         room = self.pool.num_available
         found: list[Sequence] = []
-        for sequence in islice(self._waiting.values(), min(num_seats, MAX_LOOKAHEAD)):
-            room -= self._tables.plan(sequence).num_taken
-            if room < 0:
+        for sequence in islice(self._waiting.in_order(now), max(0, min(num_seats, MAX_LOOKAHEAD))):
+            num_taken = self._tables.plan(sequence).num_taken
+            if num_taken > room or (is_yielding(sequence) and not self._has_room_for_batch(found, room - num_taken)):
                 break
+            room -= num_taken
             found.append(sequence)
         return found
+
+    def _has_room_for_batch(self, found: list[Sequence], room_left: int) -> bool:
+        """Another batch prompt leaves enough for those in a hurry who may come."""
+        if not found and not self._running and not self._outgoing:
+            return True  # alone: or one that needs most of the pool would never run
+        num_batch = sum(map(is_yielding, self._running)) + sum(map(is_yielding, found))
+        has_seat = num_batch < max(1, int(self.limits.max_num_seqs * BATCH_SHARE))
+        return has_seat and room_left >= self.pool.num_blocks * (1.0 - BATCH_SHARE)
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
         plan = self._tables.plan(sequence)
@@ -183,9 +205,9 @@ class PrefillScheduler:
         if plan.num_taken > self.pool.num_available:
             return False
         request = sequence.request
-        del self._waiting[request.request_id]
         self._tables.admit(sequence, plan)
-        insort(self._running, sequence, key=lambda running: running.order)
+        self._waiting.take(sequence, request.num_uncomputed_tokens)
+        insort(self._running, sequence, key=rank)
         request.state = RequestState.RUNNING
         request.first_scheduled_s = now
         return True
@@ -243,8 +265,14 @@ class PrefillScheduler:
         """``reason`` is None for a request that goes on elsewhere."""
         request = sequence.request
         del self._sequences[request.request_id]
-        if self._waiting.pop(request.request_id, None) is None and request.state is RequestState.RUNNING:
+        self._waiting.remove(request.request_id)
+        if request.state is RequestState.RUNNING:
             self._running.remove(sequence)
         self._tables.free(sequence)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
+
+
+def _cost(sequence: Sequence) -> float:
+    """What a prompt that waits will probably cost its tenant."""
+    return PROMPT_TOKEN_COST * sequence.request.num_uncomputed_tokens

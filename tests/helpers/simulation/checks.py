@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpers.simulation.clock import State
+
+from baton.services.core.scheduler.base import ScheduledRequest
+from baton.services.core.scheduler.waiting import is_yielding
 
 if TYPE_CHECKING:
     from helpers.simulation.gateway import SimGateway
     from helpers.simulation.worker import SimWorker
     from helpers.simulation.world import World
+
+# Batch gives way for two minutes; whoever was in front of it then has at most as long again.
+LONGEST_WAIT_S = 200.0
 
 
 def check_quiet(world: World) -> list[str]:
@@ -20,6 +26,26 @@ def check_quiet(world: World) -> list[str]:
             problems += [f"I3 {worker.name}: {problem}" for problem in _check_worker(worker)]
     if world.gateway.is_alive:
         problems += [f"I3 gateway: {problem}" for problem in _check_gateway(world.gateway)]
+    return problems
+
+
+def check_turn(scheduler: Any, batch: list[ScheduledRequest], now: float) -> list[str]:
+    """I9, of one step: batch computes no prompt while somebody in a hurry could, and nobody waits for ever."""
+    problems = []
+    computed = {item.request for item in batch}
+    gives_way = [s.request.request_id for s in scheduler._running if is_yielding(s) and s.request.is_prefilling]
+    passed_over = [
+        sequence.request.request_id
+        for sequence in scheduler._running
+        if not is_yielding(sequence) and sequence.request.is_prefilling and sequence.request not in computed
+    ]
+    taken = [name for name in gives_way if any(request.request_id == name for request in computed)]
+    if taken and passed_over:
+        problems.append(f"I9 {taken} of batch had tokens of a step, and {passed_over} none")
+    queue = scheduler._queue if hasattr(scheduler, "_queue") else scheduler._waiting
+    for sequence in queue.values():
+        if now - sequence.request.arrival_s > LONGEST_WAIT_S:
+            problems.append(f"I9 {sequence.request.request_id} has waited {now - sequence.request.arrival_s:.0f} s")
     return problems
 
 

@@ -13,7 +13,8 @@ from helpers.simulation.trace import Trace
 from baton.services.core.errors import BatonError
 from baton.services.core.lifecycle import Instant
 from baton.services.core.request import SamplingParams
-from baton.services.gateway.generation import GenerationRequest
+from baton.services.core.tenants import ANONYMOUS, Tenant
+from baton.services.gateway.generation import GenerationRequest, SloTarget
 
 # How long after its deadline a request may still be open.
 GRACE_S = 5.0
@@ -30,6 +31,8 @@ class Ask:
     salt: str
     timeout_s: float
     leaves_after_s: float | None = None  # the client hangs up
+    slo: SloTarget = field(default_factory=SloTarget)
+    tenant: Tenant = ANONYMOUS
     stops_after: int | None = None  # the API layer finds a stop string after so many tokens
 
 
@@ -121,7 +124,15 @@ class Client:
     async def _handle(self) -> None:
         got, ask = self.got, self.got.ask
         request = GenerationRequest(
-            f"{ask.name}.0", ask.name, "sim", list(ask.prompt), replace(ask.sampling), ask.salt, timeout_s=ask.timeout_s
+            f"{ask.name}.0",
+            ask.name,
+            "sim",
+            list(ask.prompt),
+            replace(ask.sampling),
+            ask.salt,
+            slo=ask.slo,
+            timeout_s=ask.timeout_s,
+            tenant=ask.tenant,
         )
         for instant in (Instant.RECEIVED, Instant.ADMITTED, Instant.TOKENIZED):  # what the API layer does
             request.trace.mark(instant, asyncio.get_running_loop().time())

@@ -125,6 +125,7 @@ class SimEngine:
     hangs: bool = False
     poison: set[int] = field(default_factory=set)  # a prompt with one of these tokens kills the process
     num_steps: int = 0
+    problems: list[str] = field(default_factory=list)  # of the order in which things had their turns
     on_poison: Any = None
     grammars: GrammarCompiler = field(default_factory=lambda: GrammarCompiler(str, 0))  # nobody asks for one here
 

@@ -11,6 +11,8 @@ from helpers.simulation.model import BLOCK_SIZE, EOS, MAX_MODEL_LEN, VOCABULARY
 
 from baton.services.core.request import SamplingParams
 from baton.services.core.router import Placement
+from baton.services.core.tenants import Tenant
+from baton.services.gateway.generation import SloTarget
 
 # Faults that a pair with a spare survives without anybody noticing but by the time it takes.
 SURVIVABLE = (
@@ -118,6 +120,7 @@ def draw_scenario(seed: int, *, num_faults: int | None = None, kinds: tuple[str,
     if num_faults == 0:
         count = 0
     asks = _draw_asks(rng, seed, timeout_s=240.0 if has_spare else rng.choice([8.0, 30.0, 60.0, 120.0]))
+    _draw_promises(asks, seed)
     names = [worker.name for worker in workers]
     # Faults fall where something is going on: a little after requests came.
     busy_s = [ask.at_s + rng.expovariate(1.0 / (12 * step_s)) for ask in asks]
@@ -169,6 +172,22 @@ def _draw_asks(rng: random.Random, seed: int, *, timeout_s: float, name: str = "
             )
         )
     return asks
+
+
+def _draw_promises(asks: list[Ask], seed: int) -> None:
+    """Classes, targets and tenants. Draws of their own: what else a seed decides does not depend on them."""
+    rng = random.Random(f"promises of {seed}")
+    classes = rng.choice([["standard"], ["interactive", "standard"], ["interactive", "standard", "batch"], ["batch"]])
+    tenants = rng.choice([[""], ["a", "b"], ["a", "a", "a", "b", "c"]])
+    for ask in asks:
+        has_targets = rng.random() < 0.5
+        ask.slo = SloTarget(
+            rng.choice(classes),
+            ttft_ms=rng.choice([20.0, 200.0, 2000.0]) if has_targets else None,
+            tpot_ms=rng.choice([5.0, 50.0]) if has_targets else None,
+        )
+        tenant = rng.choice(tenants)
+        ask.tenant = Tenant(tenant, tenant, weight=rng.choice([0.5, 1.0, 1.0, 4.0]))
 
 
 def _draw_fault(rng: random.Random, kind: str, names: list[str], at_s: float) -> Fault:

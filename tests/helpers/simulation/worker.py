@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from helpers.simulation.bus import BusServer, SimBus
+from helpers.simulation.checks import check_turn
 from helpers.simulation.clock import Process
 from helpers.simulation.model import BLOCK_BYTES, BLOCK_SIZE, LOADED, SimEngine, SimMemory
 from helpers.simulation.network import Network
@@ -59,6 +60,12 @@ class VirtualStepLoop(StepLoop[Any]):
         super()._put(call)
         if self._call_came is not None and not self._call_came.done():
             self._call_came.set_result(None)
+
+    def begin_step(self) -> list[ScheduledRequest] | None:
+        batch = super().begin_step()
+        if batch is not None:
+            self._engine.problems += check_turn(self._scheduler, batch, self._clock())
+        return batch
 
     async def _take_turns(self) -> None:
         while not self._is_stopping:
@@ -163,6 +170,7 @@ class SimWorker:
         self._bus = bus
         self._sockets = sockets
         self._cost = (step_s, token_s)
+        self.turn_problems: list[str] = []
         self._stop_signal: asyncio.Event | None = None
         kv_cache_memory = ByteSize(num_blocks * BLOCK_BYTES)
         own = {"worker_id": self.name, "host": ip, "kv_cache_memory": kv_cache_memory, **settings}
@@ -202,7 +210,7 @@ class SimWorker:
         host = make(self._settings, load=lambda: LOADED, bus=bus, environment=environment)
         host.memory = SimMemory(self.num_blocks)
         host.end_process = self.kill
-        host.engine = SimEngine(host.memory, *self._cost)
+        host.engine = SimEngine(host.memory, *self._cost, problems=self.turn_problems)
         self.host = host
         self._stop_signal = asyncio.Event()
         await host.start()

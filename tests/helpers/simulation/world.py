@@ -164,6 +164,8 @@ class World:
             if self.scenario.has_spare and got.has_failed:
                 self.problems.append(f"I7 {ask.name}: failed although there was a spare: {got.code} {got.message}")
 
+        for worker in self.workers:
+            self.problems += worker.turn_problems
         self._check_receipts()
 
     def _check_receipts(self) -> None:
