@@ -43,7 +43,8 @@ def inside(deps: GatewayDeps, tenant: Tenant) -> Iterator[None]:
     with deps.door.enter():
         deps.tenants.enter(tenant, deps.wall_clock())
         try:
-            yield
+            with deps.admission.visiting():
+                yield
         finally:
             deps.tenants.leave(tenant)
 

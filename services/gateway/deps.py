@@ -9,6 +9,7 @@ from typing import Any
 
 from baton.services.core.errors import ErrorCode
 from baton.services.core.tenants import TenantLedger
+from baton.services.gateway.admission import Admission
 from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.generation import Dispatcher, SloTarget
 from baton.services.gateway.grammar_checks import GrammarChecker
@@ -56,13 +57,16 @@ class GatewayDeps:
     cut: Cut = field(default_factory=Cut)
     tool_parser: str = "auto"  # a key of tools.registry.FORMATS, none, or auto: from the chat template
     reasoning_parser: str = "auto"  # the same with reasoning.KINDS
+    others_tokens: Callable[[], int] = lambda: 0  # prompt tokens of other gateways that wait on workers, batch aside
     door: Door = field(init=False)
+    admission: Admission = field(init=False)
     grammars: GrammarChecker = field(init=False)
     tool_format: ToolFormat | None = field(init=False)
     thoughts: Markers | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.door = Door(self.limits.max_concurrent_requests)
+        self.admission = Admission(self.clock, self.others_tokens)
         self.grammars = GrammarChecker(self._grammar_settings)
         template = self.tokenizer.chat_template
         self.tool_format = find_format(self.tool_parser, template)

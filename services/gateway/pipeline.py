@@ -13,6 +13,7 @@ from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.request import FinishReason, SamplingParams, TokenLogprobs
 from baton.services.core.tenants import Tenant
 from baton.services.core.token_order import TokenDelta
+from baton.services.gateway.admission import Ticket
 from baton.services.gateway.auth import tenant_salt
 from baton.services.gateway.choice import ChoiceAssembler, ChoicePiece
 from baton.services.gateway.deps import GatewayDeps
@@ -55,6 +56,7 @@ class Generation:
         tenant: Tenant,
         prompts: list[list[int]],
         choices: list[_Choice],
+        ticket: Ticket | None = None,
         *,
         is_thinking: bool = False,
     ):
@@ -66,6 +68,7 @@ class Generation:
         self._deps = deps
         self._tenant = tenant
         self._choices = choices
+        self._ticket = ticket
         self._prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...] | None] = {}
 
     def prompt_of(self, index: int) -> list[int]:
@@ -121,6 +124,8 @@ class Generation:
 
     def _used(self, num_tokens: int) -> None:
         self.usage.completion_tokens += num_tokens
+        if self._ticket is not None:
+            self._ticket.on_tokens(num_tokens)
         self._deps.tenants.charge(self._tenant, num_tokens, self._deps.wall_clock())
 
     def _complete(self, choice: _Choice, piece: ChoicePiece) -> ChoicePiece:
@@ -156,6 +161,7 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
     """Tokenises the prompts and checks that each fits. Raises BatonError; nothing has been dispatched then."""
     trace = Trace()
     trace.mark(Instant.RECEIVED, caller.received_s)
+    ticket = await deps.admission.enter(options, caller)
     trace.mark(Instant.ADMITTED, deps.clock())
     prompts = [await tokenize(deps, prompt, options.prompt_param) for prompt in options.prompts]
     limits = [_max_tokens(deps, options, len(prompt)) for prompt in prompts]
@@ -187,7 +193,8 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
         needs_run = not is_empty or (number == 0 and request.sampling.num_prompt_logprobs is not None)
         choices.append(_Choice(index, request, number == 0, needs_run, drops_output=is_empty))
     deps.tenants.charge(caller.tenant, sum(map(len, prompts)), deps.wall_clock())
-    return Generation(deps, options, caller.tenant, prompts, choices, is_thinking=bool(thinking))
+    deps.admission.learn(options.prompts, sum(map(len, prompts)))
+    return Generation(deps, options, caller.tenant, prompts, choices, ticket, is_thinking=bool(thinking))
 
 
 def _without_tokens(delta: TokenDelta) -> TokenDelta:

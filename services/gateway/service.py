@@ -74,6 +74,7 @@ class GatewayService:
         self._health = Health()
         self._links = LinkMatrix()
         self._readiness = Readiness(needs_pair=self._needs_pair, links=self._links)
+        self._others_tokens = 0  # prompt tokens of other gateways that wait on workers
         self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
 
     async def start(self) -> None:
@@ -95,12 +96,10 @@ class GatewayService:
             on_forget=self._prefix_index.forget,
             peer_timeout_s=settings.peer_timeout_s,
         )
-        self._metrics = Metrics(
-            self._registry.statuses, version=version("baton-llm"), num_waiting=lambda: dispatcher.num_waiting
-        )
+        self._metrics = Metrics(self._registry.statuses, version=version("baton-llm"), num_waiting=self._num_waiting)
         self._receipts = ReceiptBook(self._on_end)
         authenticator = self._start_authenticator()
-        dispatcher = WorkerDispatcher(
+        dispatcher = self._dispatcher = WorkerDispatcher(
             self._registry,
             self._prefix_index,
             read_block_key(settings),
@@ -131,6 +130,7 @@ class GatewayService:
             tool_parser=settings.tool_call_parser,
             reasoning_parser=settings.reasoning_parser,
             operations=WorkerCalls(self._registry),
+            others_tokens=lambda: self._others_tokens,
         )
         stack.callback(self._deps.grammars.close)
         await self._start_bus()
@@ -240,8 +240,12 @@ class GatewayService:
     def _on_heard(self) -> None:
         if not self._readiness.has_seen_pair:  # a pair counts as seen even when nobody asks just then
             self._readiness.check(self._registry.views())
+        # Reports are up to a second old: what of it this gateway sent itself is known better here.
+        statuses = self._registry.statuses()
+        waiting = sum(status.queued_tokens - status.batch_queued_tokens for status in statuses)
+        self._others_tokens = max(0, waiting - self._deps.admission.control.ahead_tokens)
         # The context length that every usable worker can serve, unless the operator set one.
-        lengths = [status.max_model_len for status in self._registry.statuses() if status.max_model_len]
+        lengths = [status.max_model_len for status in statuses if status.max_model_len]
         if self._settings.max_model_len is None and lengths and min(lengths) != self._deps.model.max_model_len:
             self._deps.model = replace(self._deps.model, max_model_len=min(lengths))
 
@@ -261,6 +265,10 @@ class GatewayService:
         self._metrics.fenced(self._registry.num_fenced)
         self._metrics.bus_state(self._bus.is_connected, dict(self._bus.num_dropped))
         return self._metrics.render()
+
+    def _num_waiting(self) -> int:
+        """Requests that no worker has yet."""
+        return self._deps.admission.control.num_waiting + self._dispatcher.num_waiting
 
     def _on_refused(self, refusal: Refusal) -> None:
         if refusal.code in _REFUSED:

@@ -11,8 +11,8 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.scheduler.base import SchedulerLimits
-from baton.services.engine.grammar import GrammarCompiler
 from baton.services.core.scheduler.pace import Pace
+from baton.services.engine.grammar import GrammarCompiler
 from baton.services.worker.step_loop import StepEngine, StepLoop
 
 

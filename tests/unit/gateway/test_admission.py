@@ -1,0 +1,112 @@
+"""The door over HTTP: who is let in, who waits in front of the tokenizer, who is refused and how."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from helpers.gateway_api import Gateway, chat_body, completion_body
+from helpers.waiting import eventually
+
+from baton.services.core.admission import Visit
+from baton.services.core.errors import ErrorCode
+from baton.services.core.slo import SloClass
+
+CHAT = "/v1/chat/completions"
+
+
+@contextmanager
+def crowded(gateway: Gateway, *, first_token_s: float = 1.0, token_s: float = 0.05) -> Iterator[list[Visit]]:
+    """Four streams run, each four times as slow as one alone, and four first tokens have taken four times as long as one."""
+    control = gateway.deps.admission.control
+    for number in range(40):
+        visits = [Visit(SloClass.STANDARD, 10, 1, None, None) for _ in range(1 + number % 4)]
+        for visit in visits:
+            control.arrive(visit, 0.0)
+        for index, visit in enumerate(visits):
+            control.progress(visit, 1, first_token_s * (1 + index))
+        for visit in visits:
+            control.progress(visit, 21, visit.measured_s + 20 * token_s * len(visits))
+        for visit in visits:
+            control.end(visit, 0.0)
+    visits = [Visit(SloClass.STANDARD, 10, 1, None, None) for _ in range(4)]
+    for visit in visits:
+        assert control.arrive(visit, gateway.deps.clock())
+    for visit in visits:
+        visit.tpot_s = 2.5 * token_s  # known only now: else the last of them would wait
+    control._end_every_s = 2.0
+    yield visits
+    for visit in visits:
+        gateway.deps.admission.leave(visit)
+
+
+async def test_what_would_come_too_late_is_refused_with_the_time_to_come_back(
+    client: httpx.AsyncClient, gateway: Gateway
+) -> None:
+    with crowded(gateway):
+        body = chat_body(slo={"class": "interactive", "ttft_ms": 2500})
+        response = await client.post(CHAT, json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
+        assert int(response.headers["retry-after"]) >= 2
+        [refusal] = gateway.refusals
+        assert (refusal.code, refusal.slo.slo_class) == (ErrorCode.OVERLOADED, "interactive")
+        assert gateway.dispatcher.requests == []
+        assert gateway.deps.door.num_inside == 0
+    assert (await client.post(CHAT, json=body)).status_code == 200
+
+
+@pytest.mark.parametrize("slo", [{"class": "batch"}, {"ttft_ms": 60000, "tpot_ms": 60}, {}])
+async def test_what_can_wait_waits_in_front_of_the_tokenizer(
+    client: httpx.AsyncClient, gateway: Gateway, slo: dict[str, Any]
+) -> None:
+    control = gateway.deps.admission.control
+    with crowded(gateway, first_token_s=0.1) as visits:
+        waiting = asyncio.ensure_future(client.post(CHAT, json=chat_body(slo=slo)))
+        await eventually(lambda: control.num_waiting == 1)
+        assert gateway.dispatcher.requests == []
+        for visit in visits[:3]:
+            gateway.deps.admission.leave(visit)
+        assert (await waiting).status_code == 200
+    assert (control.num_waiting, control.num_streams, control.ahead_tokens) == (0, 0, 0)
+
+
+async def test_a_client_that_goes_while_it_waits_is_forgotten(gateway: Gateway) -> None:
+    control = gateway.deps.admission.control
+    with crowded(gateway):
+        async with gateway.server() as url, httpx.AsyncClient(base_url=url) as client:
+            waiting = asyncio.ensure_future(client.post(CHAT, json=chat_body(slo={"class": "batch"})))
+            await eventually(lambda: control.num_waiting == 1)
+            waiting.cancel()
+            await eventually(lambda: control.num_waiting == 0)
+            await eventually(lambda: gateway.deps.door.num_inside == 0)
+    assert control.num_streams == 0
+
+
+async def test_whatever_comes_of_a_request_its_place_is_free_afterwards(
+    client: httpx.AsyncClient, gateway: Gateway
+) -> None:
+    control = gateway.deps.admission.control
+    bodies = [
+        chat_body(n=3),
+        chat_body(stream=True),
+        completion_body(prompt=["a", "b"]),
+        completion_body(prompt="word " * 2000),  # too long: refused behind the door
+        completion_body(max_tokens=0, echo=True),
+    ]
+    for body in bodies:
+        path = CHAT if "messages" in body else "/v1/completions"
+        await client.post(path, json=body)
+        assert (control.num_streams, control.ahead_tokens, control.num_waiting) == (0, 0, 0)
+
+
+async def test_a_request_whose_time_is_over_while_it_waits_ends(gateway: Gateway) -> None:
+    gateway.deps.limits = type(gateway.deps.limits)(request_timeout_s=0.05)
+    with crowded(gateway):
+        async with gateway.client() as client:
+            response = await client.post(CHAT, json=chat_body(slo={"class": "batch"}))
+            assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert gateway.deps.admission.control.num_waiting == 0
