@@ -12,12 +12,8 @@ from baton.kvtransfer.incoming import ReceiverHost
 from baton.services.decode.intake import DecodeWorker
 from baton.services.decode.servicer import DecodeServicer
 from baton.services.runtime import grpc as runtime_grpc
-from baton.services.runtime.main import run_service
-from baton.services.runtime.settings import WorkerSettings
-from baton.services.worker.environment import Environment
 from baton.services.worker.host import WorkerHost
 from baton.services.worker.parts import WorkerParts
-from baton.services.worker.watchdog import end_process
 
 
 class DecodeHost(WorkerHost[DecodeWorker]):
@@ -32,10 +28,3 @@ class DecodeHost(WorkerHost[DecodeWorker]):
     def add_servicer(self, server: grpc.aio.Server, worker: DecodeWorker) -> Sequence[str]:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker, self), server)
         return runtime_grpc.service_names(decode_pb2.DESCRIPTOR)
-
-
-def run(settings: WorkerSettings) -> int:
-    """Serves until a signal and returns the exit status."""
-    return run_service(
-        settings.role, settings, lambda: DecodeHost(settings, environment=Environment(end_process=end_process))
-    )

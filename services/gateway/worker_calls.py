@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,10 +16,13 @@ from baton.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role
 from baton.services.gateway.registry import KnownWorker, Registry
+from baton.services.runtime import convert
 from baton.services.runtime.grpc import CONTROL_TIMEOUT_S, create_channel, rpc_errors
 
 # Beyond the time that a worker has to drain: for its answer.
 _ANSWER_S = 10.0
+# Beyond that time, for a worker that changes its role: its memory is laid out anew and warmed up.
+_BEGIN_S = 60.0
 
 
 class WorkerOperations(Protocol):
@@ -29,6 +33,8 @@ class WorkerOperations(Protocol):
     ) -> dict[str, Any]: ...
 
     async def drain(self, worker_id: str, timeout_s: float) -> dict[str, Any]: ...
+
+    async def change_role(self, worker_id: str, role: Role, timeout_s: float) -> dict[str, Any]: ...
 
 
 class WorkerCalls:
@@ -67,6 +73,33 @@ class WorkerCalls:
                     num_aborted = (await decode.Drain(asked, timeout=timeout_s + _ANSWER_S)).num_aborted
         return {"id": worker_id, "state": "drained", "given_up": num_aborted}
 
+    async def change_role(self, worker_id: str, role: Role, timeout_s: float) -> dict[str, Any]:
+        """Waits until the worker is there again with its new role, or the time and what it takes to begin are over.
+
+        Raises INVALID_REQUEST where no decode worker would be left: nothing could be answered meanwhile.
+        """
+        known = self._find(worker_id)
+        if known.link.role is role:
+            return {"id": worker_id, "role": role.value, "incarnation": known.link.incarnation, "state": "unchanged"}
+        others = [other for other in self._registry if other is not known and other.is_usable]
+        if role is Role.PREFILL and all(other.link.role is Role.PREFILL for other in others):
+            message = f"no decode worker would be left without {worker_id}"
+            raise BatonError(ErrorCode.INVALID_REQUEST, message, param="role")
+        request = worker_pb2.ChangeRoleRequest(
+            role=convert.role_to_wire(role), incarnation=known.link.incarnation, timeout_ms=round(timeout_s * 1e3)
+        )
+        async with self._open_channel(known.link.address) as channel:
+            with _worker_errors(worker_id):
+                await worker_pb2_grpc.WorkerServiceStub(channel).ChangeRole(request, timeout=CONTROL_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(timeout_s + _BEGIN_S):
+                while (now := self._registry.get(worker_id)) is None or not (now.link.role is role and now.is_usable):
+                    await self._registry.wait_changed()
+        except TimeoutError:
+            message = f"{worker_id} is not back as a {role} worker after {timeout_s + _BEGIN_S:g} s"
+            raise BatonError(ErrorCode.DEADLINE_EXCEEDED, message) from None
+        return {"id": worker_id, "role": role.value, "incarnation": now.link.incarnation, "state": "changed"}
+
     def _find(self, worker_id: str) -> KnownWorker:
         known = self._registry.get(worker_id)
         if known is None:
@@ -81,6 +114,9 @@ class NoWorkers:
         raise BatonError(ErrorCode.NOT_FOUND, f"There is no worker {worker_id[:64]!r}.", param="worker_id")
 
     async def drain(self, worker_id: str, timeout_s: float) -> dict[str, Any]:
+        raise BatonError(ErrorCode.NOT_FOUND, f"There is no worker {worker_id[:64]!r}.", param="worker_id")
+
+    async def change_role(self, worker_id: str, role: Role, timeout_s: float) -> dict[str, Any]:
         raise BatonError(ErrorCode.NOT_FOUND, f"There is no worker {worker_id[:64]!r}.", param="worker_id")
 
 

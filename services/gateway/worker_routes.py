@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import orjson
 from fastapi import APIRouter, Query, Response
 
+from baton.services.core.router import Role
 from baton.services.gateway.deps import GatewayDeps
 
 _MAX_BLOCKS = 10_000
@@ -32,6 +33,19 @@ def worker_router(deps: GatewayDeps) -> APIRouter:
     async def drain(worker_id: str, timeout_s: Annotated[float, Query(gt=0, le=3600)] = 30.0) -> Response:
         """Takes the worker out of use; answers when it holds nothing any more, or has given up what was left."""
         answer = await deps.operations.drain(worker_id, timeout_s)
+        return Response(orjson.dumps(answer), media_type="application/json")
+
+    @router.post("/v1/workers/{worker_id}/role")
+    async def change_role(
+        worker_id: str,
+        role: Annotated[Literal["prefill", "decode"], Query()],
+        timeout_s: Annotated[float, Query(gt=0, le=3600)] = 30.0,
+    ) -> Response:
+        """Makes a prefill worker a decode worker or the other way round; answers when it serves in its new role.
+
+        What it runs is finished before, or goes on elsewhere when ``timeout_s`` is over.
+        """
+        answer = await deps.operations.change_role(worker_id, Role(role), timeout_s)
         return Response(orjson.dumps(answer), media_type="application/json")
 
     return router

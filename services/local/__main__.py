@@ -56,10 +56,8 @@ def _worker(settings: WorkerSettings) -> int:
     settings = with_model(settings)
     if settings.threads_per_worker is not None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads_per_worker)  # torch reads it when it is imported
-    if settings.role == "prefill":
-        from baton.services.prefill.__main__ import run
-    else:
-        from baton.services.decode.__main__ import run
+    from baton.services.local.worker_process import run
+
     return run(settings)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
+from baton.services.core.router import Role
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.worker.step_loop import StepLoop
 
@@ -26,5 +27,7 @@ class Environment:
     open_channel: Callable[[str], grpc.aio.Channel] = runtime_grpc.create_channel
     sockets: Sockets = SYSTEM_SOCKETS
     step_loop: type[StepLoop[Any]] = StepLoop
+    # How a worker becomes one of another role, within so many seconds. None: it cannot.
+    change_role: Callable[[Role, float], None] | None = None
     # How a stuck worker ends its process. None: nobody watches, as where several workers share one.
     end_process: Callable[[int], None] | None = None

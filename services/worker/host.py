@@ -107,8 +107,8 @@ class WorkerHost(ABC, Generic[WorkerT]):
         settings, stack = self.settings, self._stack
         # Before the weights: a port that is taken should be told of at once.
         server = self._environment.create_server()
-        self._port = runtime_grpc.bind_server(server, settings.host, settings.port)
-        loaded = await asyncio.to_thread(self._load)
+        self.port = runtime_grpc.bind_server(server, settings.host, settings.port)
+        loaded = self.loaded = await asyncio.to_thread(self._load)
         shape = KVCacheShape.of(loaded.config, settings.block_size, loaded.dtype)
         num_blocks = shape.num_blocks_in(settings.kv_cache_memory)
         self._limits = make_limits(settings, loaded, num_blocks)
@@ -161,7 +161,9 @@ class WorkerHost(ABC, Generic[WorkerT]):
         except TransferError as error:
             raise ConfigurationError(f"--kv-port {settings.kv_port}: {error.message}") from error
         agent.add_to_server(server)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(LedgerServicer(worker, pool), server)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(
+            LedgerServicer(worker, pool, self._environment.change_role), server
+        )
         names = [
             *self.add_servicer(server, worker),
             *runtime_grpc.service_names(kvtransfer_pb2.DESCRIPTOR),
@@ -225,7 +227,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
 
     @property
     def address(self) -> str:
-        return format_address(self.settings.public_host, self.settings.advertise_port or self._port)
+        return format_address(self.settings.public_host, self.settings.advertise_port or self.port)
 
     def _load_model(self) -> LoadedModel:
         settings = self.settings

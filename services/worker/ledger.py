@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,9 @@ from baton.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.block_state import BlockState, LedgerEntry
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.router import Role
 from baton.services.core.scheduler.base import Scheduler
+from baton.services.runtime import convert
 from baton.services.worker.requests import split_scheduler_id
 from baton.services.worker.worker import Worker
 
@@ -23,9 +25,13 @@ MAX_NUM_BLOCKS = 10_000
 class LedgerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """``WorkerService`` in front of a worker of either kind."""
 
-    def __init__(self, worker: Worker[Any], pool: BlockPool) -> None:
+    def __init__(
+        self, worker: Worker[Any], pool: BlockPool, change_role: Callable[[Role, float], None] | None = None
+    ) -> None:
+        """``change_role``: how the process gives the worker another role; None: it cannot."""
         self._worker = worker
         self._pool = pool
+        self._change_role = change_role
 
     async def GetBlocks(
         self, request: worker_pb2.GetBlocksRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -36,6 +42,22 @@ class LedgerServicer(worker_pb2_grpc.WorkerServiceServicer):
         worker, peers = self._worker, self._worker.peers()
         blocks, next_id = await worker.steps.call(lambda scheduler: self._collect(request, scheduler, peers))
         return worker_pb2.GetBlocksResponse(worker_id=worker.identity.worker_id, blocks=blocks, next_block_id=next_id)
+
+    async def ChangeRole(
+        self, request: worker_pb2.ChangeRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ChangeRoleResponse:
+        role = convert.role_from_wire(request.role)
+        if role is None:
+            raise BatonError(ErrorCode.INVALID_REQUEST, "role must be prefill, decode or colocated", param="role")
+        if request.incarnation not in ("", self._worker.incarnation):
+            raise BatonError(
+                ErrorCode.STALE_INCARNATION,
+                f"this worker is incarnation {self._worker.incarnation}, not {request.incarnation}",
+            )
+        if self._change_role is None:
+            raise BatonError(ErrorCode.INVALID_REQUEST, "this worker cannot change its role")
+        self._change_role(role, request.timeout_ms / 1e3)
+        return worker_pb2.ChangeRoleResponse()
 
     def _collect(
         self, request: worker_pb2.GetBlocksRequest, scheduler: Scheduler, peers: Mapping[str, str]

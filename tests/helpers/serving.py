@@ -42,7 +42,7 @@ class Serving:
         return httpx.get(f"{self.url}{path}", timeout=30.0, **({"headers": self.headers} | kwargs))
 
     def post(self, path: str, json: Any, **kwargs: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=json, timeout=60.0, **({"headers": self.headers} | kwargs))
+        return httpx.post(f"{self.url}{path}", json=json, **({"headers": self.headers, "timeout": 60.0} | kwargs))
 
     def workers(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/workers").json()["data"])

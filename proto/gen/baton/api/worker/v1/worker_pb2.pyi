@@ -1,3 +1,4 @@
+from baton.api.common.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -5,6 +6,20 @@ from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ChangeRoleRequest(_message.Message):
+    __slots__ = ("role", "incarnation", "timeout_ms")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    role: _common_pb2.WorkerRole
+    incarnation: str
+    timeout_ms: int
+    def __init__(self, role: _Optional[_Union[_common_pb2.WorkerRole, str]] = ..., incarnation: _Optional[str] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class ChangeRoleResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetBlocksRequest(_message.Message):
     __slots__ = ("overdue_only", "include_cached", "first_block_id", "max_num_blocks")

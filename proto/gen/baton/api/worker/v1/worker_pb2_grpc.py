@@ -40,6 +40,11 @@ class WorkerServiceStub:
                 request_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksRequest.SerializeToString,
                 response_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksResponse.FromString,
                 _registered_method=True)
+        self.ChangeRole = channel.unary_unary(
+                '/baton.api.worker.v1.WorkerService/ChangeRole',
+                request_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+                response_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -53,6 +58,14 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeRole(self, request, context):
+        """Makes the worker one of another role. It answers at once: what runs is finished first, or goes on elsewhere when the time is
+        over; then the worker comes back under its id and address as a new incarnation, with the new role.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetBlocks,
                     request_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksRequest.FromString,
                     response_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksResponse.SerializeToString,
+            ),
+            'ChangeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeRole,
+                    request_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.FromString,
+                    response_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class WorkerService:
             '/baton.api.worker.v1.WorkerService/GetBlocks',
             baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksRequest.SerializeToString,
             baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.api.worker.v1.WorkerService/ChangeRole',
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,
