@@ -48,6 +48,12 @@ def _router() -> list[Row]:
     return bench_router()
 
 
+def _overload() -> list[Row]:
+    from baton.load.bench_overload import bench_overload
+
+    return bench_overload()
+
+
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "transfer": _transfer,
     "engine": _engine,
@@ -55,6 +61,7 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "gateway": _gateway,
     "generator": _generator,
     "router": _router,
+    "overload": _overload,
 }
 
 
