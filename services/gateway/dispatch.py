@@ -43,9 +43,7 @@ class _Run:
     arrivals: asyncio.Queue[Arrival | None] = field(default_factory=asyncio.Queue)  # None: it may be time
     links: dict[tuple[int, str], WorkerLink] = field(default_factory=dict)  # by attempt and incarnation, until released
     sent_s: float = 0.0  # the attempt under way
-    fetching: PairKey | None = (
-        None  # the holder that blocks are fetched from, and who needs them, until it is known how that ended
-    )
+    fetching: PairKey | None = None  # the holder of blocks that are fetched, and who needs them, while that is going on
     is_from_start: bool = True  # that attempt began without generated tokens
     block_size: int = 16
     told_cached_tokens: int | None = None
