@@ -30,6 +30,7 @@ TEST_WORKERS ?= 2
 SEEDS ?= 1000
 FIRST ?= 0
 FRAMES ?= 100000
+GRAMMARS ?= 10000
 SEED ?= 1
 EXAMPLES ?= 300
 
@@ -88,8 +89,8 @@ check-chart:
 conformance: $(VENV)/.dev ## what an OpenAI-compatible server has to do; BASE_URL=... for any other server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/conformance -n0 -q $(if $(BASE_URL),--base-url $(BASE_URL)) $(ARGS)
 
-fuzz: $(VENV)/.dev ## hostile frames and calls against a transfer agent; FRAMES=100000 SEED=1
-	BATON_FUZZ_FRAMES=$(FRAMES) BATON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -n0 -s -q $(ARGS)
+fuzz: $(VENV)/.dev ## hostile frames against a transfer agent, hostile grammars against a gateway; FRAMES=100000 GRAMMARS=10000 SEED=1
+	BATON_FUZZ_FRAMES=$(FRAMES) BATON_FUZZ_GRAMMARS=$(GRAMMARS) BATON_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -n0 -s -q --timeout 7200 $(ARGS)
 
 fuzz-api: $(VENV)/.dev ## requests drawn from the OpenAPI page, with no error of the server; EXAMPLES=300 for each route
 	BATON_API_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/unit/gateway/test_openapi_cases.py -n0 -q $(ARGS)

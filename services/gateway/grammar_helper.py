@@ -25,7 +25,7 @@ import orjson
 
 from baton.services.engine.grammar import GrammarError, compile_grammar, first_line, make_tokenizer
 
-CPU_S = 0.4
+CPU_S = 0.25
 # A machine that is busy may take longer for so much work, not for ever.
 WALL_S = 4.0
 MEMORY_BYTES = 256 << 20
