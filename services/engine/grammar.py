@@ -7,25 +7,27 @@ same in the gateway, which tries it out in a process that may die of it (``gatew
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from baton.services.core.errors import BatonError, ErrorCode
 
 T = TypeVar("T")
 
-# Fuel is work: 500,000 is some 10 ms of compiling, 100,000 some 7 ms for one mask. A state of the lexer is 1 to 2 KiB.
+# Fuel is llguidance's measure of work. A request that uses up the states of its lexer has taken some 10 MiB.
 MAX_GRAMMAR_SYMBOLS = 100_000
-MAX_LEXER_STATES = 20_000
+MAX_LEXER_STATES = 10_000
 _COMPILE_FUEL = 1_000_000
 _STEP_FUEL = 200_000
 _STEP_ITEMS = 50_000
-# Compiled grammars that are kept for the next request with the same one, and the most text that they may have together.
-_MAX_KEPT = 32
-_MAX_KEPT_BYTES = 4 << 20
+# Compiled grammars that are kept for the next request with the same one. What took long to compile is large as well: so no
+# more are kept than took so long together, and at least the last one.
+_MAX_KEPT = 16
+_MAX_KEPT_COMPILE_S = 0.25
 # Compiling recurses. The gateway tries a grammar with a far smaller stack, so that what passed there fits here.
 _STACK_BYTES = 64 << 20
 
@@ -89,15 +91,22 @@ def first_line(message: str) -> str:
     return (message.strip().splitlines() or ["unknown"])[0][:300]
 
 
+class _Kept(NamedTuple):
+    """A compiled grammar, and how long that took."""
+
+    matcher: Any
+    compile_s: float
+
+
 class GrammarCompiler:
     """Compiles for a worker, on a thread of its own. ``read``: the tokenizer, asked for when the first grammar comes."""
 
     def __init__(self, read: Callable[[], str], vocab_size: int) -> None:
         self._read = read
         self._vocab_size = vocab_size
-        self._tokenizers: dict[frozenset[int], Any] = {}  # as many as there are sets of ends: the model's
+        self._tokenizers: dict[frozenset[int], Any] = {}  # one: a model has one set of ends
         self._tokenizer_json: str | None = None
-        self._kept: OrderedDict[tuple[str, frozenset[int]], Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, frozenset[int]], _Kept] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -121,11 +130,14 @@ class GrammarCompiler:
         """The compiled grammar, kept for the next request: use copies. Raises GrammarError. On the thread."""
         key = (grammar, eos_token_ids)
         if key not in self._kept:
-            self._kept[key] = self.compile(grammar, eos_token_ids)
+            self._tokenizer(eos_token_ids)  # which is not the grammar's cost
+            start_s = time.thread_time()
+            matcher = self.compile(grammar, eos_token_ids)
+            self._kept[key] = _Kept(matcher, time.thread_time() - start_s)
         self._kept.move_to_end(key)
-        while len(self._kept) > 1 and (len(self._kept) > _MAX_KEPT or self._num_kept_bytes() > _MAX_KEPT_BYTES):
+        while len(self._kept) > 1 and (len(self._kept) > _MAX_KEPT or self._compile_s() > _MAX_KEPT_COMPILE_S):
             self._kept.popitem(last=False)
-        return self._kept[key]
+        return self._kept[key].matcher
 
     def forget(self, grammar: str, eos_token_ids: frozenset[int]) -> None:
         """Copies share what their lexers have learned, limits included: one that met a limit spoils the next ones."""
@@ -133,13 +145,15 @@ class GrammarCompiler:
 
     def compile(self, grammar: str, eos_token_ids: frozenset[int]) -> Any:
         """A matcher of its own. Raises GrammarError. On the thread."""
-        tokenizer = self._tokenizers.get(eos_token_ids)
-        if tokenizer is None:
+        return compile_grammar(self._tokenizer(eos_token_ids), grammar)
+
+    def _tokenizer(self, eos_token_ids: frozenset[int]) -> Any:
+        if eos_token_ids not in self._tokenizers:
             if self._tokenizer_json is None:
                 self._tokenizer_json = self._read()
             tokenizer = make_tokenizer(self._tokenizer_json, self._vocab_size, eos_token_ids)
             self._tokenizers = {eos_token_ids: tokenizer}
-        return compile_grammar(tokenizer, grammar)
+        return self._tokenizers[eos_token_ids]
 
     def close(self) -> None:
         """Ends the thread once it is idle."""
@@ -147,5 +161,5 @@ class GrammarCompiler:
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _num_kept_bytes(self) -> int:
-        return sum(len(grammar) for grammar, _ in self._kept)
+    def _compile_s(self) -> float:
+        return sum(kept.compile_s for kept in self._kept.values())

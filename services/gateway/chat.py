@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
@@ -15,6 +15,7 @@ from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.logprobs import chat_logprobs, prompt_logprobs
 from baton.services.gateway.openai_models import ChatCompletionBody
 from baton.services.gateway.options import GenerationOptions
+from baton.services.gateway.parts import Part
 from baton.services.gateway.prompts import parse_chat
 from baton.services.gateway.reading import Reading
 from baton.services.gateway.rendering import Answer, ChunkText
@@ -98,7 +99,9 @@ class ChatAnswer(Answer):
         async with aclosing(self.generation.stream()) as pieces:
             async for piece in pieces:
                 chunk = self._first_chunk(piece) if piece.is_first else b""
-                if piece.parts is not None:
+                if piece.parts is not None and is_plain and piece.finish_reason is None and _is_text(piece.parts):
+                    chunk += b"".join(texts[piece.choice_index].render(part.text) for part in piece.parts)
+                elif piece.parts is not None:
                     chunk += b"".join(map(event, self._part_chunks(piece, is_plain=is_plain)))
                 elif not is_plain or piece.finish_reason is not None:
                     if piece.tokens or piece.finish_reason is not None:
@@ -144,3 +147,7 @@ class ChatAnswer(Answer):
         if self.generation.options.sampling.num_logprobs is None:
             return None
         return {"content": chat_logprobs(tokens, self.deps.tokenizer.pieces)}
+
+
+def _is_text(parts: tuple[Part, ...]) -> TypeGuard[tuple[Text, ...]]:
+    return all(isinstance(part, Text) for part in parts)

@@ -28,7 +28,7 @@ from baton.services.engine.grammar import GrammarError, compile_grammar, first_l
 CPU_S = 0.25
 # A machine that is busy may take longer for so much work, not for ever.
 WALL_S = 4.0
-MEMORY_BYTES = 256 << 20
+MEMORY_BYTES = 128 << 20
 # A worker has 64 MiB for the same.
 STACK_BYTES = 2 << 20
 _MAX_FRAME_BYTES = 1 << 30

@@ -11,6 +11,7 @@ import pytest
 from helpers.gateway_api import Gateway, chat_body, completion_body
 from helpers.waiting import eventually
 
+from baton.services.gateway import grammar_checks
 from baton.services.gateway.grammar_helper import TOO_LONG
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -153,3 +154,12 @@ async def test_the_gateway_answers_others_while_a_grammar_is_tried_out(
         answered += 1
     assert answered == 3
     await slow
+
+
+async def test_when_too_many_grammars_wait_the_next_is_told_to_come_again(
+    gateway: Gateway, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_checks, "MAX_WAITING", 0)
+    response = await client.post("/v1/chat/completions", json=chat_body(structured_outputs={"regex": "z+"}))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert (await client.post("/v1/chat/completions", json=chat_body())).status_code == 200  # nothing to wait for
