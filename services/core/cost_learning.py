@@ -129,11 +129,21 @@ class CostBook:
             points[tokens.bit_length()] = (tokens, seconds)
         for bits in own.keys() | others.keys():
             points[bits] = _blend(own.get(bits), others.get(bits), now)
+        if not points:
+            return self._curve_of_others(pool, now)
         curve: list[tuple[int, float]] = []
         for num_tokens, took_s in sorted(points.values()):
             # Longer prompts never take less: where noise says so, the longer one's figure is raised.
             curve.append((max(1, round(num_tokens)), max(took_s, curve[-1][1] if curve else _LEAST_S)))
         return tuple(curve)
+
+    def _curve_of_others(self, pool: str, now: float) -> tuple[tuple[int, float], ...]:
+        """Workers that have prefilled nothing yet, like most decode workers, are taken to be as quick as those that have."""
+        for other in sorted(self._pools.keys() | self._profiles.keys()):
+            has_points = other in self._pools and self._pools[other].prefill
+            if other != pool and (has_points or self._profiles.get(other, _NO_PROFILE).prefill):
+                return self._curve("", other, now)
+        return ()
 
     def _decode(self, incarnation: str, pool: str, now: float) -> DecodeCost | None:
         """Base and slope through the means of all batch sizes, by least squares; neither can be negative."""

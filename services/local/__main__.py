@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -117,6 +118,19 @@ def _top(url: _Url = "http://127.0.0.1:8000", api_key: _Key = None) -> int:
     from baton.services.local.status import show_status
 
     return show_status(url, api_key, watch_s=1.0)
+
+
+@app.command("profile")
+def _profile(
+    url: _Url = "http://127.0.0.1:8000",
+    api_key: _Key = None,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.", dir_okay=False)] = Path("baton-profile.json"),
+    quick: Annotated[bool, typer.Option(help="A small grid: a few points, two of each.")] = False,
+) -> int:
+    """Measure the workers behind a running gateway, for --profile: prompts, steps, transfers."""
+    from baton.services.local.profile import QUICK, Grid, run_profile
+
+    return run_profile(url, api_key, output, QUICK if quick else Grid())
 
 
 @app.command("explain")

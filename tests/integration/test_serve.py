@@ -206,20 +206,6 @@ def test_the_other_pages_answer(server: Serving) -> None:
     assert server.get("/nowhere").json()["error"]["type"]
 
 
-def test_what_was_decided_is_compared_with_what_it_took(server: Serving) -> None:
-    answer = complete(server, list(range(5, 45)), max_tokens=4, temperature=0)
-    decision = server.get(f"/v1/requests/{answer['id']}").json()["decision"]
-    assert (decision["mode"], decision["other_way"]["mode"]) == ("remote", "local")
-    assert decision["regret_ms"] >= 0
-    page = server.get("/v1/decisions").json()
-    assert page["placement"] == "remote"
-    assert page["threshold_tokens"] is None or page["threshold_tokens"] >= 1
-    learned = {worker["id"]: worker for worker in page["workers"]}
-    assert learned["prefill-0"]["prefill_ms"]
-    assert any(row["mode"] == "remote" and row["compared"] for row in page["data"])
-    assert "baton_decisions_compared_total" in server.get("/metrics").text
-
-
 def test_a_stock_grpc_client_needs_only_reflection(server: Serving, subject: Subject) -> None:
     prompt = make_prompt(17, seed=79)
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:

@@ -59,6 +59,20 @@ def test_a_new_worker_is_priced_like_its_pool_and_then_by_its_own_speed() -> Non
     assert cost(book, "new").prefill_s(256) < 0.2 < cost(book, "slow").prefill_s(256)
 
 
+def test_decode_workers_are_taken_to_prefill_like_those_that_do_until_they_have() -> None:
+    book = CostBook()
+    for _ in range(8):
+        book.on_prefill("p", "prefill", 256, 0.4, now=0.0)
+        book.on_decode("d", "decode", 4, 0.02, now=0.0)
+
+    def decode_cost() -> WorkerCost:
+        return book.cost("d", "decode", prefill_s_per_token=0.0, decode_step_s=0.0, now=0.0)
+
+    assert decode_cost().prefill_s(256) == pytest.approx(0.4)
+    book.on_prefill("d", "decode", 256, 0.2, now=0.0)
+    assert decode_cost().prefill_s(256) == pytest.approx(0.2)
+
+
 def test_longer_prompts_never_cost_less_whatever_the_noise_says() -> None:
     book = CostBook()
     for num_tokens, seconds in ((16, 0.2), (64, 0.05), (1024, 0.1), (4096, 0.9)):
