@@ -20,7 +20,7 @@ from baton.services.engine.grammar import GrammarCompiler
 from baton.services.gateway.grammar_helper import CPU_S, MEMORY_BYTES
 from baton.services.gateway.tokenizer import ModelTokenizer
 
-NUM_GRAMMARS = int(os.environ.get("BATON_FUZZ_GRAMMARS", "40"))
+NUM_GRAMMARS = int(os.environ.get("BATON_FUZZ_GRAMMARS", "30"))
 SEED = int(os.environ.get("BATON_FUZZ_SEED", "1"))
 NUM_TOKENS = 30
 # More than the verdicts that are remembered take, and what a test process grows by anyway.

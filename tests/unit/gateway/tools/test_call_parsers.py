@@ -156,7 +156,7 @@ texts = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 
 
 @given(format_name=st.sampled_from(sorted(PARSERS)), text=texts, data=st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_however_a_text_is_cut_the_same_comes_out(format_name: str, text: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
@@ -198,6 +198,6 @@ def written(format_name: str, calls: list[dict[str, Any]]) -> str:
 
 
 @given(format_name=st.sampled_from(sorted(PARSERS)), calls=arguments_of_calls)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_a_model_writes_is_what_the_client_reads(format_name: str, calls: list[dict[str, Any]]) -> None:
     assert parse(format_name, written(format_name, calls)) == ("", [("now", arguments) for arguments in calls])
