@@ -22,8 +22,11 @@ def cached(answer: dict[str, Any]) -> int:
     return int(details["cached_tokens"])
 
 
-def first_turn(api: Api, salt: str) -> tuple[list[dict[str, Any]], int]:
-    """A question and its answer; and how many tokens of the next prompt had their KV computed by then."""
+def first_turn(api: Api, salt: str) -> tuple[list[dict[str, Any]], int] | None:
+    """A question and its answer; and how many tokens of the next prompt had their KV computed by then.
+
+    None where the answer's text has other tokens than the model said: the next prompt is made from text.
+    """
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": f"{salt}: " + "tell me about the fox and the key. " * 6}
     ]
@@ -32,8 +35,7 @@ def first_turn(api: Api, salt: str) -> tuple[list[dict[str, Any]], int]:
     )
     content = answer["choices"][0]["message"]["content"]
     if api.tokenize(content) != answer["choices"][0]["token_ids"]:
-        pytest.fail("the model's text has other tokens than the model said: choose another seed")
-    # Of a chat's next prompt, the text is tokenised anew; here it has to give the same tokens.
+        return None
     messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "And then?"}]
     # The last token was sampled and never computed.
     return messages, answer["usage"]["prompt_tokens"] + 39
@@ -48,7 +50,10 @@ def check_next_turn(api: Api, second: Api) -> None:
 
     def is_found() -> bool:
         salt = uuid.uuid4().hex
-        messages, num_known = first_turn(api, salt)
+        turn = first_turn(api, salt)
+        if turn is None:
+            return False
+        messages, num_known = turn
         found.append((cached(second.chat(messages=messages, max_tokens=1, cache_salt=salt)), num_known))
         return found[-1][0] >= num_known // BLOCK * BLOCK
 
