@@ -313,18 +313,22 @@ def test_b034_over_the_limit_of_requests(api: Api, owned: Owned) -> None:
     address = urlsplit(api.url)
     head = f"POST {CHAT} HTTP/1.1\r\nhost: {address.netloc}\r\nauthorization: Bearer {api.key}\r\ncontent-length: 10\r\n\r\n"
     with ExitStack() as stack:
-        # One more than there are places: a good request below may take one of them while these arrive.
-        for _ in range(owned.max_concurrent_requests + 1):
-            waiting = stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=60.0))
-            waiting.sendall(head.encode())
         refused: list[httpx.Response] = []
 
+        def take_a_place() -> None:
+            waiting = stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=60.0))
+            waiting.sendall(head.encode())
+
         def is_full() -> bool:
+            # A good request that was served had a place, so that one of those that wait may have found none: another tries.
+            take_a_place()
             response = api.post(COMPLETIONS, api.body(COMPLETIONS, max_tokens=1))
             refused.extend([response] if response.status_code != 200 else [])
             return bool(refused)
 
-        eventually_sync(is_full, timeout_s=60.0, what="a server that is full")
+        for _ in range(owned.max_concurrent_requests - 1):
+            take_a_place()
+        eventually_sync(is_full, timeout_s=25.0, what="a server that is full")  # they are given up after 30 s
         error_of(refused[0], (503, 429))
         assert int(refused[0].headers["retry-after"]) >= 1
     eventually_sync(
