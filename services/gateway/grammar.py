@@ -7,6 +7,9 @@ from typing import Any
 
 import orjson
 
+# Text that a grammar leaves no choice about must not be worked out ahead: of some grammars (/a+/ twice in a row) it has no end.
+_START = '%%llguidance {"no_forcing": true}\nstart: @%s'
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
@@ -22,7 +25,9 @@ class Grammar:
     @property
     def text(self) -> str:
         """As workers get it."""
-        return orjson.dumps({"grammars": list(self.parts)}).decode()
+        return orjson.dumps(
+            {"grammars": [{"name": "baton_start", "lark_grammar": _START % self.name}, *self.parts]}
+        ).decode()
 
     def behind(self, name: str, rules: str, *others: Grammar) -> Grammar:
         """A grammar whose first part is ``rules`` (Lark, with a start rule), which may name this one and ``others``."""

@@ -72,9 +72,10 @@ def try_grammar(tokenizer: Any, grammar: str) -> str:
         allowed = [index for index, digit in enumerate(reversed(f"{bits:b}")) if digit == "1"]
         if not allowed:
             return "nothing matches it"
-        token_id = rng.choice(allowed)
-        if token_id in tokenizer.eos_tokens:
+        others = [token_id for token_id in allowed if token_id not in tokenizer.eos_tokens]
+        if not others:
             break
+        token_id = rng.choice(others)
         if not matcher.consume_token(token_id):
             return first_line(matcher.get_error())
     return "" if matcher.stop_reason() in ("NotStopped", "NoExtension", "EndOfSentence") else "nothing matches it"

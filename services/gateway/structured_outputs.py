@@ -6,6 +6,7 @@ Nothing is compiled here; ``grammar_checks.py`` has that done where it can do no
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import orjson
@@ -21,6 +22,7 @@ _ANY_OBJECT = {"type": "object"}
 # Between two tokens of JSON. A model that likes white space would otherwise fill its whole answer with it.
 _WHITE_SPACE = r"[ \n\r\t]{1,40}"
 MAX_CHOICES = 4096
+_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 
 
 def parse_grammar(body: GenerationBody, limits: Limits) -> Grammar | None:
@@ -143,8 +145,8 @@ def _given_grammar(param: str, text: str, limits: Limits) -> Grammar:
         first = {"name": "answer"} | {key: value for key, value in named[0].items() if value is not None}
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, IndexError):
         raise invalid(param, "must be Lark, or llguidance's JSON: an object with grammars, a list of objects") from None
-    if not isinstance(first["name"], str):
-        raise invalid(param, "has a grammar whose name is no string")
+    if not isinstance(first["name"], str) or not _NAME.fullmatch(first["name"]):
+        raise invalid(param, "has a grammar whose name is not made of a-z, 0-9 and _")
     return Grammar(param, (first, *named[1:]))
 
 

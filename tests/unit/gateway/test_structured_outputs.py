@@ -11,6 +11,7 @@ import pytest
 from helpers.gateway_api import Gateway, chat_body, completion_body
 from helpers.waiting import eventually
 
+from baton.services.engine.grammar import GrammarCompiler
 from baton.services.gateway import grammar_checks
 from baton.services.gateway.grammar_helper import TOO_LONG
 
@@ -42,7 +43,7 @@ async def test_workers_get_a_grammar(
     response = await client.post(path, json=body)
     assert response.status_code == 200, response.text
     grammar = json.loads(gateway.dispatcher.requests[-1].sampling.grammar or "")
-    assert grammar["grammars"][0]["name"] == "answer"
+    assert [part["name"] for part in grammar["grammars"]] == ["baton_start", "answer"]
 
 
 async def test_without_them_there_is_no_grammar(gateway: Gateway, client: httpx.AsyncClient) -> None:
@@ -98,6 +99,7 @@ AT_SCHEMA = "response_format.json_schema.schema"
         ({"structured_outputs": {"grammar": "start: ("}}, "structured_outputs.grammar", "cannot be used"),
         ({"structured_outputs": {"grammar": "start: a\na: a"}}, "structured_outputs.grammar", "cannot be used"),
         ({"structured_outputs": {"grammar": '{"grammars": []}'}}, "structured_outputs.grammar", "Lark"),
+        ({"structured_outputs": {"grammar": '{"grammars": [{"name": "a b"}]}'}}, "structured_outputs.grammar", "name"),
         ({"structured_outputs": {"grammar": CHAIN}}, "structured_outputs.grammar", "nested too deeply"),
         ({"structured_outputs": {"regex": "a"}, "response_format": FORMAT}, "structured_outputs", "combined"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "grammar"),
@@ -163,3 +165,20 @@ async def test_when_too_many_grammars_wait_the_next_is_told_to_come_again(
     response = await client.post("/v1/chat/completions", json=chat_body(structured_outputs={"regex": "z+"}))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert (await client.post("/v1/chat/completions", json=chat_body())).status_code == 200  # nothing to wait for
+
+
+@pytest.mark.parametrize("option", ["", "%llguidance {}\n", '%llguidance {"no_forcing": false}\n'])
+async def test_text_that_a_grammar_leaves_no_choice_about_is_not_worked_out_ahead(
+    gateway: Gateway, client: httpx.AsyncClient, option: str
+) -> None:
+    """Behind the first "a" of this one only another can follow, for ever."""
+    body = chat_body(structured_outputs={"grammar": option + 'start: "b" | A A\nA: /a+/'})
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    grammar = gateway.dispatcher.requests[-1].sampling.grammar or ""
+    ends = gateway.deps.model.eos_token_ids
+    compiler = GrammarCompiler(gateway.deps.tokenizer.as_json, gateway.deps.model.vocab_size)
+    matcher = compiler.prepare(grammar, ends).result(60)
+    for _ in range(3):
+        assert any(compiler.submit(matcher.compute_bitmask).result(60))
+        assert matcher.consume_token(gateway.dispatcher.token("a"))
+    compiler.close()
