@@ -168,9 +168,10 @@ async def test_a_decode_worker_that_prefills_fetches_from_the_one_that_ran_the_t
             lambda: talk.num_announced == talk.num_computed // 16, what="the announcement of the blocks", timeout_s=30.0
         )
         num_reused = talk.num_computed // 16 * 16
-        views = cluster.registry.views  # the holder looks full, so that the other one is chosen
+        fleet = cluster.registry.fleet  # the holder looks full, so that the other one is chosen
+        views = fleet.views
         monkeypatch.setattr(
-            cluster.registry,
+            fleet,
             "views",
             lambda: [replace(view, running=10**6) if view.worker_id == holder else view for view in views()],
         )
