@@ -49,12 +49,16 @@ class Admission:
         clock: Callable[[], float],
         others_tokens: Callable[[], int] = lambda: 0,
         limits: AdmissionLimits | None = None,
+        *,
+        patience_s: float = 0.0,
     ) -> None:
-        """``others_tokens``: prompt tokens of other gateways that wait on workers, those of batch aside."""
+        """``others_tokens``: prompt tokens of other gateways that wait on workers, those of batch aside. ``patience_s``: to the
+        first token of a request that names neither class nor targets; what its class promises, if that is longer."""
         self.clock = clock
         limits = limits or AdmissionLimits()
         self.control = AdmissionControl(limits)
         self._margin = limits.margin
+        self._patience_s = patience_s
         self._others_tokens = others_tokens
         self._turns: dict[Visit, asyncio.Future[None]] = {}
         self._chars_per_token = _CHARS_PER_TOKEN
@@ -81,10 +85,9 @@ class Admission:
             return None
         now_s, slo = self.clock(), caller.slo
         ttft_ms, tpot_ms = slo.promised_ttft_ms, slo.promised_tpot_ms
-        if (
-            slo == SloTarget()
-        ):  # who asked for nothing waits rather than come again: up to the whole of what the class promises
-            ttft_ms, tpot_ms = (None if target is None else target / self._margin for target in (ttft_ms, tpot_ms))
+        if slo == SloTarget():  # who asked for nothing rather waits than comes again
+            ttft_ms = max(self._patience_s * 1e3, ttft_ms or 0.0) / self._margin
+            tpot_ms = None if tpot_ms is None else tpot_ms / self._margin
         visit = Visit(
             slo_class=SloClass(slo.slo_class),
             num_tokens=self._estimate(options),

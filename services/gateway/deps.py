@@ -66,7 +66,7 @@ class GatewayDeps:
 
     def __post_init__(self) -> None:
         self.door = Door(self.limits.max_concurrent_requests)
-        self.admission = Admission(self.clock, self.others_tokens)
+        self.admission = Admission(self.clock, self.others_tokens, patience_s=self.limits.patience_s)
         self.grammars = GrammarChecker(self._grammar_settings)
         template = self.tokenizer.chat_template
         self.tool_format = find_format(self.tool_parser, template)

@@ -125,6 +125,7 @@ class GatewayService:
                 max_concurrent_requests=settings.max_concurrent_requests,
                 max_body_bytes=settings.max_body_size,
                 request_timeout_s=settings.request_timeout_s,
+                patience_s=settings.worker_wait_s,
             ),
             on_refused=self._on_refused,
             tool_parser=settings.tool_call_parser,

@@ -246,7 +246,10 @@ class GatewayOptions(Settings):
     max_body_size: Size = Field(ByteSize(16 * _MIB), description="Largest request body.")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="Seconds after which a request is given up.")
     worker_wait_s: float = Field(
-        60.0, ge=0, le=86400, description="Seconds that a request waits for a worker when none can take it; then a 503."
+        60.0,
+        ge=0,
+        le=86400,
+        description="Seconds that a request waits for a worker, or, when it names no targets, for its turn; then a 503.",
     )
     placement: Literal["auto", "remote", "local"] = Field(
         "remote",

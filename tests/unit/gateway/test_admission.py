@@ -9,12 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
-from helpers.gateway_api import Gateway, chat_body, completion_body
+from helpers.gateway_api import Gateway, chat_body, completion_body, make_gateway
 from helpers.waiting import eventually
 
 from baton.services.core.admission import Visit
 from baton.services.core.errors import ErrorCode
 from baton.services.core.slo import SloClass
+from baton.services.gateway.limits import Limits
 
 CHAT = "/v1/chat/completions"
 
@@ -72,6 +73,22 @@ async def test_what_can_wait_waits_in_front_of_the_tokenizer(
             gateway.deps.admission.leave(visit)
         assert (await waiting).status_code == 200
     assert (control.num_waiting, control.num_streams, control.ahead_tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("patience_s", "status"), [(60.0, 200), (1.0, 503)])
+async def test_who_asks_for_nothing_in_time_waits_and_is_refused_when_that_would_take_very_long(
+    patience_s: float, status: int
+) -> None:
+    """A first token here is expected after some 6 s, more than the standard class promises."""
+    gateway = make_gateway(limits=Limits(patience_s=patience_s))
+    async with gateway.client() as client:
+        with crowded(gateway, first_token_s=1.5) as visits:
+            asking = asyncio.ensure_future(client.post(CHAT, json=chat_body()))
+            await eventually(lambda: asking.done() or gateway.deps.admission.control.num_waiting == 1)
+            assert asking.done() == (status == 503)
+            for visit in visits:
+                gateway.deps.admission.leave(visit)
+            assert (await asking).status_code == status
 
 
 async def test_a_client_that_goes_while_it_waits_is_forgotten(gateway: Gateway) -> None:
