@@ -223,3 +223,22 @@ def chat_body(**fields: Any) -> dict[str, Any]:
 def completion_body(**fields: Any) -> dict[str, Any]:
     """A good completion request."""
     return {"model": MODEL, "prompt": "hello world", "max_tokens": 32} | fields
+
+
+def prompt_of(gateway: Gateway) -> str:
+    """The prompt of the newest request, as text with its special tokens."""
+    return gateway.deps.tokenizer.pieces.decode(
+        gateway.dispatcher.requests[-1].prompt_token_ids, skip_special_tokens=False
+    )
+
+
+def named_events(text: str) -> list[dict[str, Any]]:
+    """The data of a stream whose events have their names twice: as the event's and as the data's type."""
+    blocks = text.split("\n\n")
+    assert blocks[-1] == ""
+    events: list[dict[str, Any]] = []
+    for block in blocks[:-1]:
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events

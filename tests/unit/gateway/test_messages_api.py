@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers import tiny_tokenizers
-from helpers.gateway_api import MAX_MODEL_LEN, MODEL, REPLY, Gateway, make_gateway
+from helpers.gateway_api import MAX_MODEL_LEN, MODEL, REPLY, Gateway, make_gateway, named_events, prompt_of
 from helpers.tool_templates import TOOL_TEMPLATE
 
 from baton.services.core.errors import BatonError, ErrorCode
@@ -28,24 +28,6 @@ def body(**fields: Any) -> dict[str, Any]:
 @pytest.fixture
 def tool_gateway() -> Gateway:
     return make_gateway(tokenizer=ModelTokenizer(tiny_tokenizers.as_transformers(chat_template=TOOL_TEMPLATE)))
-
-
-def prompt_of(gateway: Gateway) -> str:
-    return gateway.deps.tokenizer.pieces.decode(
-        gateway.dispatcher.requests[-1].prompt_token_ids, skip_special_tokens=False
-    )
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    """Each block is an event with its name twice: as the event's and as its data's type."""
-    blocks = text.split("\n\n")
-    assert blocks[-1] == ""
-    events = []
-    for block in blocks[:-1]:
-        name, data = block.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    return events
 
 
 def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
@@ -82,7 +64,7 @@ async def test_the_stream_follows_the_protocol(client: httpx.AsyncClient) -> Non
     whole = (await client.post(PATH, json=body())).json()
     response = await client.post(PATH, json=body(stream=True))
     assert response.headers["content-type"].startswith("text/event-stream")
-    events = events_of(response.text)
+    events = named_events(response.text)
     kinds = [event["type"] for event in events]
     assert kinds[:3] == ["message_start", "ping", "content_block_start"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
@@ -138,7 +120,7 @@ async def test_a_call_is_a_block_and_its_result_a_message(tool_gateway: Gateway)
         assert (call["type"], call["name"], call["input"]) == ("tool_use", "weather", {"city": "Ulm"})
         assert answer["stop_reason"] == "tool_use"
 
-        events = events_of((await client.post(PATH, json=body(tools=[TOOL], max_tokens=200, stream=True))).text)
+        events = named_events((await client.post(PATH, json=body(tools=[TOOL], max_tokens=200, stream=True))).text)
         starts = [event["content_block"] for event in events if event["type"] == "content_block_start"]
         assert [start["type"] for start in starts] == ["text", "tool_use"]
         assert starts[1]["input"] == {}
@@ -212,7 +194,7 @@ async def test_other_refusals_have_anthropics_words() -> None:
 async def test_a_failure_in_a_stream_is_an_error_event(client: httpx.AsyncClient, gateway: Gateway) -> None:
     deltas = gateway.dispatcher.speak
     gateway.dispatcher.script = lambda request: [*deltas(request)[:2], BatonError(ErrorCode.WORKER_LOST, "gone")]
-    events = events_of((await client.post(PATH, json=body(stream=True))).text)
+    events = named_events((await client.post(PATH, json=body(stream=True))).text)
     assert events[0]["type"] == "message_start"
     assert events[-1]["error"]["type"] == "overloaded_error"
     assert "gone" not in events[-1]["error"]["message"]

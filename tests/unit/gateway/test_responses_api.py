@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from helpers import tiny_tokenizers
-from helpers.gateway_api import MAX_MODEL_LEN, MODEL, REPLY, Gateway, make_gateway
+from helpers.gateway_api import MAX_MODEL_LEN, MODEL, REPLY, Gateway, make_gateway, named_events, prompt_of
 from helpers.tool_templates import TOOL_TEMPLATE
 
 from baton.services.core.errors import BatonError, ErrorCode
@@ -30,22 +30,10 @@ def tool_gateway() -> Gateway:
     return make_gateway(tokenizer=ModelTokenizer(tiny_tokenizers.as_transformers(chat_template=TOOL_TEMPLATE)))
 
 
-def prompt_of(gateway: Gateway) -> str:
-    return gateway.deps.tokenizer.pieces.decode(
-        gateway.dispatcher.requests[-1].prompt_token_ids, skip_special_tokens=False
-    )
-
-
 def events_of(text: str) -> list[dict[str, Any]]:
-    """Each event has its name twice, and a number, from 0 on without gaps."""
-    blocks = text.split("\n\n")
-    assert blocks[-1] == ""
-    events = []
-    for number, block in enumerate(blocks[:-1]):
-        name, data = block.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-        assert events[-1]["sequence_number"] == number
+    """They are numbered from 0 on without gaps."""
+    events = named_events(text)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,12 +45,6 @@ def gateway() -> Any:
     gateway = make_gateway(tokenizer=ModelTokenizer(tiny_tokenizers.as_transformers(chat_template=TEMPLATE)))
     yield gateway
     gateway.deps.grammars.close()
-
-
-@pytest.fixture
-async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with gateway.client() as client:
-        yield client
 
 
 def body(**fields: Any) -> dict[str, Any]:
