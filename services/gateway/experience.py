@@ -57,7 +57,7 @@ class Experience:
         now = self._clock()
         alive = [known.link.incarnation for known in registry]
         self._costs.forget_all_but(alive)
-        views = registry.views()
+        views = registry.views_with_latest_costs()
         compatibility = registry.compatibility()
         threshold: int | None = None
         if compatibility is not None:

@@ -152,6 +152,11 @@ class Registry:
         """The usable workers as the router sees them."""
         return self.fleet.views()
 
+    def views_with_latest_costs(self) -> list[WorkerView]:
+        """The same with all that was learned. The router's views take that in with each worker's next report."""
+        self._changed.update(self._workers)
+        return self.views()
+
     @property
     def fleet(self) -> Fleet:
         """The usable workers in the order of their load: one and the same object, brought up to date."""
