@@ -52,6 +52,13 @@ class Fenced(TransferError):
         super().__init__(TransferCode.STALE, message)
 
 
+class Unanswered(TransferError):
+    """The peer was asked and no answer came: not its word but the channel's. Another channel may do better."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(TransferCode.PEER_LOST, message)
+
+
 class IllegalEvent(TransferError):
     """The protocol has no place for this event in this state. Nothing was changed."""
 

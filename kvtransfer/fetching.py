@@ -10,7 +10,7 @@ import structlog
 
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.context import AgentContext
-from baton.kvtransfer.errors import Fenced, TransferCode, TransferError
+from baton.kvtransfer.errors import Fenced, TransferCode, TransferError, Unanswered
 from baton.kvtransfer.fetch import NO_TOKEN, BlockHolder, Fetch
 from baton.kvtransfer.handshake import PeerClient
 from baton.kvtransfer.identity import WorkerIdentity
@@ -46,7 +46,7 @@ class FetchDesk:
         try:
             return await client.fetch(fetch)
         except TransferError as error:
-            if error.code in (TransferCode.PEER_LOST, TransferCode.STALE):
+            if isinstance(error, Unanswered) or error.code is TransferCode.STALE:
                 self._drop(holder)  # whoever answers there next gets a channel of its own
             raise
 

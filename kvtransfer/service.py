@@ -15,7 +15,7 @@ from baton.api.kvtransfer.v1 import kvtransfer_pb2_grpc as pb_grpc
 from baton.kvtransfer import messages as m
 from baton.kvtransfer import wire
 from baton.kvtransfer.canary import LinkReport
-from baton.kvtransfer.errors import Fenced, RemoteProtocolError, TransferCode, TransferError
+from baton.kvtransfer.errors import Fenced, RemoteProtocolError, TransferCode, TransferError, Unanswered
 from baton.kvtransfer.fetch import Fetch
 from baton.kvtransfer.fetching import FetchDesk
 from baton.kvtransfer.handshake import Handshake, HandshakeReply, HeartbeatReply
@@ -196,12 +196,17 @@ class KVTransferClient:
         try:
             return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            is_ours = error.code() is grpc.StatusCode.INVALID_ARGUMENT
-            code = TransferCode.PROTOCOL if is_ours else TransferCode.PEER_LOST
             why = f"{self._address} answered {error.code().name}: {error.details()}"
-            raise TransferError(code, why) from error
+            is_ours = error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            raise (TransferError(TransferCode.PROTOCOL, why) if is_ours else Unanswered(why)) from error
         except grpc.aio.UsageError as error:
-            raise TransferError(TransferCode.PEER_LOST, f"the channel to {self._address} is closed") from error
+            raise Unanswered(f"the channel to {self._address} is closed") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled us: so gRPC ends the calls of a channel that is closed.
+            raise Unanswered(f"the channel to {self._address} was closed") from error
 
     def _read_known(self, parse: Callable[[Any], Parsed], response: Message) -> Parsed:
         """What is said in a pair, whose version says which fields there are."""

@@ -18,6 +18,7 @@ REGRESSIONS: dict[int, str] = {
     3: "a worker whose engine hangs is not replaced",
     254: "the same in a step of a kind that the worker has never done, whose length nobody can tell",
     689: "what an engine raises outlives the fault",
+    4277: "one refused fetch closed the channel under another, whose request then waited for ever",
     6788: "a receipt tells the workers' end where the client stopped at a token that came together with it",
 }
 

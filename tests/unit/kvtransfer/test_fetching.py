@@ -176,6 +176,20 @@ async def test_a_holder_that_cannot_reach_the_asker_says_so_and_pins_nothing() -
         assert holder.pinned == []
 
 
+async def test_what_a_holder_refuses_ends_no_other_question_to_it() -> None:
+    names = names_of(2)
+    async with holder_and_asker("tcp", names) as (giving, holder, asking):
+        holder.may_answer.clear()
+        waiting = asyncio.ensure_future(ask(asking, giving, names))
+        await eventually(lambda: len(holder.pinned) == 1)
+        holder.refuse = TransferError(TransferCode.PEER_LOST, "no transport to you works")
+        with pytest.raises(TransferError, match="no transport to you works"):
+            await ask(asking, giving, names, key=HandoffKey("other", 1))
+        holder.may_answer.set()
+        assert await waiting == 2
+        await eventually(lambda: KEY in asking.host.commits)
+
+
 async def test_a_holder_that_is_gone_is_told_at_once_and_a_new_one_is_reached() -> None:
     names = names_of(2)
     async with running("prefill-0") as asking:

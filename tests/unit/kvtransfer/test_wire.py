@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -243,6 +244,30 @@ async def test_a_peer_that_is_not_there_is_lost_and_named() -> None:
         await client.abort(m.Abort(kv.HANDOFF, TransferCode.ABORTED, "why"))
     assert caught.value.code is TransferCode.PEER_LOST
     await client.close()
+
+
+async def test_a_call_that_is_open_when_the_channel_is_closed_fails_and_is_not_taken_for_cancelled() -> None:
+    """gRPC ends it as if who awaits it had been cancelled; whoever believed that would do nothing any more."""
+    is_asked = asyncio.Event()
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        is_asked.set()
+        await asyncio.Event().wait()
+        return b""
+
+    server = grpc.aio.server()
+    handlers = {"Reserve": grpc.unary_unary_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    client = KVTransferClient(open_local_channel(address), address, timeout_s=30.0)
+    asking = asyncio.ensure_future(client.reserve(RESERVE, 30.0))
+    await is_asked.wait()
+    await client.close()
+    with pytest.raises(TransferError, match="closed") as caught:
+        await asking
+    assert caught.value.code is TransferCode.PEER_LOST
+    await server.stop(None)
 
 
 async def test_draining_peers_say_so() -> None:
