@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from baton.services.core.cost_model import LinkCost
 
@@ -44,8 +45,7 @@ class FetchPolicy:
         return replace(self, round_trips_s=min(max(round_trips_s, 1e-3), _MOST_ROUND_TRIPS_S))
 
 
-@dataclass(frozen=True, slots=True)
-class FetchPlan:
+class FetchPlan(NamedTuple):
     """Ask ``holder_id`` for the first ``num_blocks`` blocks of the prompt, of which ``num_new`` are lacking."""
 
     holder_id: str

@@ -35,6 +35,11 @@ class Few(NamedTuple):
     decode: list[Seat]
     cached: dict[str, int]
 
+    def add(self, seat: Seat, num_cached: int) -> None:
+        """One that is not among them yet."""
+        self.cached[seat.worker_id] = num_cached
+        (self.prefill if seat.is_prefill else self.decode).append(seat)
+
 
 def cheapest(
     request: RoutedRequest, few: Few, placement: Placement, links: LinkView, now: float

@@ -8,8 +8,8 @@ looks at the head of each lane, at those that hold the prompt's blocks, and at n
 from __future__ import annotations
 
 import math
-import zlib
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -32,15 +32,20 @@ class Seat:
     """One worker: its last report, and its load since. Seconds are those that the router's prices are made of."""
 
     __slots__ = (
+        "available_blocks",
+        "crowding_each_s",
         "crowding_s",
         "curiosity",
         "curve",
         "floor_s",
         "host_id",
         "incarnation",
+        "is_decode",
         "is_prefill",
         "lane",
         "load_s",
+        "max_num_seqs",
+        "max_num_tokens",
         "number",
         "place",
         "queue_s",
@@ -57,6 +62,7 @@ class Seat:
         self.lane = lane
         self.number = number
         self.is_prefill = view.role is Role.PREFILL
+        self.is_decode = view.role is Role.DECODE
         self.crowding_s = self.wait_s = 0.0
         self.place = 0.0  # its key in the lane
         self.set_view(view)
@@ -69,6 +75,10 @@ class Seat:
         self.floor_s = view.cost.prefill_floor_s
         self.curve = view.cost.curve
         self.curiosity = view.cost.curiosity
+        self.available_blocks = view.available_blocks
+        self.max_num_seqs = view.max_num_seqs
+        self.max_num_tokens = view.max_num_batched_tokens
+        self.crowding_each_s = crowding_s(view, 1)
         self.set_load(view.queued_tokens, view.running)
 
     def set_load(self, queued_tokens: int, running: int) -> None:
@@ -76,9 +86,8 @@ class Seat:
         self.running = running
         self.queue_s = self.load_s = queue_s = queued_tokens * self.token_s
         if not self.is_prefill:
-            view = self.view
-            self.crowding_s = busy_s = crowding_s(view, running)
-            self.wait_s = wait_s = 0.0 if running < view.max_num_seqs else batch_wait_s(view, running)
+            self.crowding_s = busy_s = self.crowding_each_s * running
+            self.wait_s = wait_s = 0.0 if running < self.max_num_seqs else batch_wait_s(self.view, running)
             self.load_s = queue_s + busy_s + wait_s
 
     def prefill_s(self, num_tokens: int) -> float:
@@ -121,18 +130,34 @@ class Lane:
             at += 1
         del self.places[at], seats[at]
 
-    def first(self, request_id: str) -> Seat:
-        """The least loaded one; which of equal ones depends on the request, so that equal workers share equal work."""
+    def first(self, spread: int) -> Seat:
+        """The least loaded one; which of equal ones ``spread`` tells, a number that the request has: equal workers share equal
+        work."""
         seats, places = self.seats, self.places
         while True:
             at = 0
             if len(places) > 1 and places[1] - places[0] <= _SAME_S:
-                at = zlib.crc32(request_id.encode()) % bisect_left(places, places[0] + _SAME_S)
+                at = spread % bisect_left(places, places[0] + _SAME_S)
             seat = seats[at]
             if seat.load_s <= seat.place:
                 return seat
             del places[at], seats[at]
             self.insert(seat)
+
+    def first_of(self, holders: int, bits: Mapping[str, int]) -> Seat | None:
+        """The least loaded one whose bit is among ``holders``."""
+        seats = self.seats
+        at = 0
+        while at < len(seats):
+            seat = seats[at]
+            if seat.load_s > seat.place:
+                del self.places[at], seats[at]
+                self.insert(seat)
+            elif bits.get(seat.worker_id, 0) & holders:
+                return seat
+            else:
+                at += 1
+        return None
 
     def head(self, count: int) -> list[Seat]:
         """The least loaded ones."""
@@ -156,6 +181,8 @@ class Fleet:
         self.prefill_lanes: list[Lane] = []
         self.decode_lanes: list[Lane] = []
         self.num_prefill = 0
+        self.version = 0
+        """Changes when a worker comes or goes."""
         self._lanes: dict[LaneKey, Lane] = {}
         self._hosts: dict[str, tuple[list[Seat], list[Seat]]] = {}  # those that prefill, and the others
         self._free_numbers: list[int] = []
@@ -177,6 +204,7 @@ class Fleet:
         seat = self.seats[view.worker_id] = Seat(view, self._lane(view), number)
         seat.lane.insert(seat)
         self.num_prefill += seat.is_prefill
+        self.version += 1
         if view.host_id:
             self._hosts.setdefault(view.host_id, ([], []))[not seat.is_prefill].append(seat)
 
@@ -198,6 +226,7 @@ class Fleet:
         lane.remove(seat)
         self._free_numbers.append(seat.number)
         self.num_prefill -= seat.is_prefill
+        self.version += 1
         if seat.view.host_id:
             neighbours = self._hosts[seat.view.host_id]
             neighbours[not seat.is_prefill].remove(seat)
@@ -212,19 +241,20 @@ class Fleet:
     def views(self) -> list[WorkerView]:
         return [seat.current_view() for seat in self.seats.values()]
 
+    def prefill_on(self, host_id: str) -> Sequence[Seat]:
+        """The prefill workers of a host, where there are few."""
+        found = self._hosts.get(host_id)
+        return () if found is None or len(found[0]) > _MAX_HOST_NEIGHBOURS else found[0]
+
     def neighbour(self, seat: Seat) -> Seat | None:
         """The least loaded worker of the other kind on its host, where there are few."""
         found = self._hosts.get(seat.host_id)
-        if found is None:
-            return None
-        others = found[seat.is_prefill]
-        if not 0 < len(others) <= _MAX_HOST_NEIGHBOURS:
-            return None
-        best = others[0]
-        for other in others:
-            if other.load_s < best.load_s:
-                best = other
-        return best
+        return None if found is None else _least_loaded(found[seat.is_prefill])
+
+    def least_loaded_on(self, host_id: str) -> list[Seat]:
+        """Of each kind, where there are few."""
+        found = self._hosts.get(host_id, ())
+        return [seat for seats in found if (seat := _least_loaded(seats)) is not None]
 
     def _lane(self, view: WorkerView) -> Lane:
         key = _lane_key(view)
@@ -242,6 +272,16 @@ class Fleet:
 
     def _lanes_like(self, seat: Seat) -> list[Lane]:
         return self.prefill_lanes if seat.is_prefill else self.decode_lanes
+
+
+def _least_loaded(seats: Sequence[Seat]) -> Seat | None:
+    if not 0 < len(seats) <= _MAX_HOST_NEIGHBOURS:
+        return None
+    best = seats[0]
+    for seat in seats:
+        if seat.load_s < best.load_s:
+            best = seat
+    return best
 
 
 def _lane_key(view: WorkerView) -> LaneKey:

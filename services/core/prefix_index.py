@@ -27,7 +27,7 @@ class Level(NamedTuple):
     holders: int
 
 
-_NOBODY = Level(0, 0)
+NOBODY = Level(0, 0)
 
 
 class PrefixIndex:
@@ -41,6 +41,8 @@ class PrefixIndex:
         """Worker id -> its bit, for those that have told of blocks."""
         self.worker_ids: list[str] = []
         """By the place of the bit; the last one that had it."""
+        self.version = 0
+        """Changes when a bit gets another worker."""
         self._holders: dict[str, _Holder] = {}
         self._by_name: dict[bytes, int] = {}
         self._free_slots: list[int] = []
@@ -117,7 +119,7 @@ class PrefixIndex:
         known = self._by_name.get
         held = known(names[0], 0)
         if not held:
-            return _NOBODY
+            return NOBODY
         low, high = 1, len(names) + 1
         while high - low > 1:
             middle = (low + high) >> 1
@@ -127,6 +129,10 @@ class PrefixIndex:
             else:
                 high = middle
         return Level(low, held)
+
+    def some_of(self, names: Sequence[bytes]) -> int:
+        """Those that hold the first block, as bits."""
+        return self._by_name.get(names[0], 0)
 
     def depth(self, names: Sequence[bytes], bit: int) -> int:
         """How many of the first blocks one worker holds."""
@@ -141,6 +147,11 @@ class PrefixIndex:
             else:
                 high = middle
         return low
+
+    def depth_of(self, names: Sequence[bytes], worker_id: str) -> int:
+        """The same, of a worker that may never have told of blocks."""
+        bit = self.bits.get(worker_id)
+        return self.depth(names, bit) if bit and names else 0
 
     def holders(self, bits: int) -> Iterator[str]:
         """The workers behind the bits."""
@@ -210,6 +221,7 @@ class PrefixIndex:
                 by_name[name] = held ^ bit
 
     def _new_holder(self, worker_id: str, incarnation: str) -> _Holder:
+        self.version += 1
         if self._free_slots:
             slot = self._free_slots.pop()
             self.worker_ids[slot] = worker_id

@@ -2,13 +2,14 @@
 
 Those few are, of each kind: the head of every lane (see ``fleet``), the holders of the prompt's longest known prefixes, and the
 neighbours of both on their hosts. What is chosen costs at most as much more than the cheapest pair of all as the cheapest
-usable link costs less than the chosen one, and a lane's spread of the prefill time; with links of equal cost and workers of
-equal speed it is the cheapest. Where the few need a second look (a link in trouble, a request that failed before), they go
-through ``router.route`` like a small cluster does.
+usable link costs less than the chosen one, for the handoff and for a fetch, and a lane's spread of the prefill time; with
+links of equal cost and workers of equal speed it is the cheapest. Where the few need a second look (a link in trouble, a
+request that failed before), they go through ``router.route`` like a small cluster does.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from baton.services.core.errors import BatonError
 from baton.services.core.few_workers import Few, cheapest
 from baton.services.core.first_look import first_look
 from baton.services.core.fleet import Fleet, Seat
+from baton.services.core.holders import Holders
 from baton.services.core.links import LinkView, PairKey, Standing
 from baton.services.core.prefix_index import Level, PrefixIndex
 from baton.services.core.router import route
@@ -24,8 +26,7 @@ from baton.services.core.router import route
 # A cluster with at most so many pairs is priced whole.
 FEW_PAIRS = 64
 _MAX_LEVELS = 3
-_MAX_HOLDERS = 4  # looked at of a level
-_SCANNED = 8  # of a lane's head, for holders of a prefix that many hold
+_MAX_HOLDERS = 4  # looked at of a level, of each kind
 # Of each lane: at first, and then, while none of those will do.
 _HEADS = (1, 8, 32)
 
@@ -36,6 +37,7 @@ class FleetRouter:
     def __init__(self, fleet: Fleet, index: PrefixIndex, *, few_pairs: int = FEW_PAIRS) -> None:
         self.fleet = fleet
         self._index = index
+        self._holders = Holders(fleet, index)
         self._few_pairs = few_pairs
 
     def route(
@@ -52,7 +54,7 @@ class FleetRouter:
             return self._among(request, block_names, fleet.views(), placement, links, now)
         if not (request.excluded or request.excluded_pairs or request.preferred):
             if placement is Placement.REMOTE:
-                decision = first_look(fleet, self._index, request, block_names, links)
+                decision = first_look(fleet, self._index, self._holders, request, block_names, links)
                 if decision is not None:
                     return decision
             few = self._few(request, block_names, _HEADS[0])
@@ -102,46 +104,38 @@ class FleetRouter:
         return route(replace(request, cached_blocks=self._index.matches(block_names)), views, placement, links, now)
 
     def _few(self, request: RoutedRequest, block_names: Sequence[bytes], num_heads: int) -> Few:
-        """The workers worth pricing: holders of the longest prefixes, then the least loaded."""
-        fleet, index = self.fleet, self._index
-        seats, bits = fleet.seats, index.bits
-        prefill: list[Seat] = []
-        decode: list[Seat] = []
-        cached: dict[str, int] = {}
-        levels = index.levels(block_names, _MAX_LEVELS) if block_names else []
-        for num_blocks, holders in levels:
-            if holders.bit_count() <= _MAX_HOLDERS:
-                while holders:
-                    last = holders & -holders
-                    holders ^= last
-                    seat = seats.get(index.worker_ids[last.bit_length() - 1])
-                    if seat is not None:
-                        cached[seat.worker_id] = num_blocks
-                        (prefill if seat.is_prefill else decode).append(seat)
-                continue
-            for lane in fleet.prefill_lanes + fleet.decode_lanes:
-                num_left = _MAX_HOLDERS
-                for seat in lane.head(_SCANNED):
-                    if bits.get(seat.worker_id, 0) & holders:
-                        cached[seat.worker_id] = num_blocks
-                        (prefill if seat.is_prefill else decode).append(seat)
-                        num_left -= 1
-                        if not num_left:
-                            break
+        """The workers worth pricing: holders of the longest prefixes, then the least loaded, and who is near them."""
+        fleet, bits = self.fleet, self._index.bits
+        few = Few([], [], {})
+        levels = self._index.levels(block_names, _MAX_LEVELS) if block_names else []
+        near: list[Seat] = []
+        for level in levels:
+            for seats in self._holders.among(level.holders):
+                least = seats if len(seats) <= _MAX_HOLDERS else sorted(seats, key=_load_s)[:_MAX_HOLDERS]
+                for seat in least:
+                    few.add(seat, level.num_blocks)
+                if level is levels[0] and request.fetch is not None:
+                    for host_id in dict.fromkeys(seat.host_id for seat in least):  # in one order everywhere
+                        near += fleet.least_loaded_on(host_id)
+        spread = zlib.crc32(request.request_id.encode())
         for lanes in (fleet.prefill_lanes, fleet.decode_lanes):
             best: Seat | None = None
             for lane in lanes:
-                for seat in (lane.first(request.request_id),) if num_heads == 1 else lane.head(num_heads):
+                for seat in (lane.first(spread),) if num_heads == 1 else lane.head(num_heads):
                     if best is None or seat.load_s < best.load_s:
                         best = seat
-                    if seat.worker_id not in cached:
-                        cached[seat.worker_id] = _num_cached(levels, bits, seat) if levels else 0
-                        (prefill if seat.is_prefill else decode).append(seat)
-            seat = None if best is None else fleet.neighbour(best)
-            if seat is not None and seat.worker_id not in cached:
-                cached[seat.worker_id] = _num_cached(levels, bits, seat) if levels else 0
-                (prefill if seat.is_prefill else decode).append(seat)
-        return Few(prefill, decode, cached)
+                    near.append(seat)
+            neighbour = None if best is None else fleet.neighbour(best)
+            if neighbour is not None:
+                near.append(neighbour)
+        for seat in near:
+            if seat.worker_id not in few.cached:
+                few.add(seat, _num_cached(levels, bits, seat) if levels else 0)
+        return few
+
+
+def _load_s(seat: Seat) -> float:
+    return seat.load_s
 
 
 def _num_cached(levels: Sequence[Level], bits: Mapping[str, int], seat: Seat) -> int:

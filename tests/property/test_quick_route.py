@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.services.core.cost_model import OTHER_HOST, WorkerCost
+from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, WorkerCost
 from baton.services.core.errors import BatonError
 from baton.services.core.fetch import FetchMode, FetchPolicy
 from baton.services.core.fleet import LANE_SPREAD, Fleet
@@ -96,12 +97,110 @@ def test_what_is_chosen_among_few_is_priced_exactly_and_hardly_dearer_than_the_c
             exact = price_remote(unfetched, quick.prefill, quick.decode, cluster.workers, cluster.links, 0.0)
         assert abs(exact.price_s - quick.price_s) < 1e-9
 
-    # The dearest link instead of the cheapest, for the handoff and for a fetch, a slower worker of the same lane,
+    # The dearest link for all blocks instead of the cheapest for none, for the handoff and for a fetch; a slower worker of the
+    # same lane, and what is given for curiosity, which the order of a lane does not know.
     num_bytes = len(names) * BLOCK_BYTES
-    links_s = OTHER_HOST.transfer_s(num_bytes)
-    # and what is given for curiosity, which the order of a lane does not know.
-    lane_s = (LANE_SPREAD - 1 + 0.2) * (quick.prefill_s + quick.queue_s) * (1 + quick.decode.running)
-    assert quick.price_s <= whole.price_s + 2 * links_s + lane_s + 1e-6
+    measured = [cluster.links.cost(pair) for pair in cluster.links.pairs()]
+    costs = [OTHER_HOST, SAME_HOST, *(cost for cost in measured if cost is not None)]
+    links_s = max(cost.transfer_s(num_bytes) for cost in costs) - min(cost.fixed_s for cost in costs)
+    is_fetched = cluster.request.fetch is not None and cluster.request.fetch.mode is not FetchMode.OFF
+    lane_s = (LANE_SPREAD - 1 + 0.2) * (quick.prefill_s + quick.queue_s)
+    if quick.prefill is None:
+        lane_s *= 1 + quick.decode.running  # those beside it wait as long
+    assert quick.price_s <= whole.price_s + (1 + is_fetched) * links_s + lane_s + 1e-6
+
+
+@st.composite
+def even_clusters(draw: st.DrawFn) -> Cluster:
+    """Workers of one speed, all as far from each other; each holds as many leading blocks as it likes. Blocks of next to no
+    bytes, so that where they are counts for who prefills alone."""
+    workers = []
+    index = PrefixIndex()
+    roles = [Role.PREFILL] * draw(st.integers(1, 8)) + [Role.DECODE] * draw(st.integers(1, 5))
+    for number, role in enumerate(roles):
+        is_prefill = role is Role.PREFILL
+        worker = WorkerView(
+            worker_id=f"w{number}",
+            incarnation=f"i{number}",
+            role=role,
+            address=f"h:{number}",
+            compatibility="same",
+            queued_tokens=draw(st.integers(0, 800)) if is_prefill else 0,
+            running=0 if is_prefill else draw(st.integers(0, 20)),
+            cost=WorkerCost(prefill_s_per_token=200e-6),
+        )
+        workers.append(worker)
+        depth = draw(st.sampled_from([0, 1, 2, 10, 20, 30, len(NAMES)]))
+        index.apply(worker.worker_id, worker.incarnation, 1, NAMES[:depth], ())
+    fetch = draw(st.sampled_from([None, FetchPolicy(FetchMode.OFF), FetchPolicy(FetchMode.AUTO)]))
+    request = RoutedRequest("r", draw(st.integers(1, 16 * len(NAMES))), 16, 1, {}, fetch=fetch)
+    return Cluster(workers, index, LinkMatrix(), request)
+
+
+@settings(max_examples=150, deadline=None)
+@given(even_clusters())
+def test_among_workers_alike_the_choice_is_the_cheapest_of_all(cluster: Cluster) -> None:
+    names = NAMES[: -(-cluster.request.num_tokens // 16)]
+    quick = cluster.quick(Placement.REMOTE).route(cluster.request, names, Placement.REMOTE, cluster.links, 0.0)
+    known = dataclasses.replace(cluster.request, cached_blocks=cluster.index.matches(names))
+    whole = route(known, cluster.workers, Placement.REMOTE, cluster.links, 0.0)
+    assert abs(quick.chosen.price_s - whole.chosen.price_s) < 2e-6
+    assert quick.runner_up is not None
+    assert whole.runner_up is not None
+    assert quick.runner_up.price_s >= whole.runner_up.price_s - 2e-6 or quick.runner_up.prefill is None
+
+
+@pytest.mark.parametrize("num_holders", [0, 3, 30, 140])
+def test_of_many_holders_of_a_prefix_the_least_loaded_prefills(num_holders: int) -> None:
+    draw = random.Random(num_holders)
+    fleet, index = Fleet(), PrefixIndex()
+    for number in range(200):
+        role = Role.DECODE if number % 4 == 3 else Role.PREFILL
+        load = draw.randrange(4000)
+        running = load // 100 if role is Role.DECODE else 0
+        fleet.put(WorkerView(f"w{number}", f"w{number}", role, "h:1", "same", queued_tokens=load, running=running))
+    fleet.set_load("w0", 9000, 0)  # it grew since it got its place
+    for number in draw.sample(range(200), num_holders):
+        index.apply(f"w{number}", f"w{number}", 1, NAMES[:20], ())
+    router = FleetRouter(fleet, index)
+    for num_blocks in (5, 20, 40):
+        request = RoutedRequest(f"r{num_blocks}", 16 * num_blocks, 16, 1, {})
+        held = index.matches(NAMES[:num_blocks])
+        chosen = router.route(request, NAMES[:num_blocks], Placement.REMOTE, LinkMatrix(), 0.0).chosen
+        assert chosen.prefill is not None
+        cost = chosen.prefill.cost
+        starts = [
+            seat.queue_s + cost.prefill_s(max(1, request.num_tokens - 16 * held.get(seat.worker_id, 0)))
+            for seat in fleet.seats.values()
+            if seat.is_prefill
+        ]
+        assert abs(chosen.queue_s + chosen.prefill_s - min(starts)) < 1e-9
+        assert chosen.decode.running == min(seat.running for seat in fleet.seats.values() if not seat.is_prefill)
+
+
+def test_a_neighbour_of_the_holder_gets_its_blocks_rather_than_wait_for_it() -> None:
+    """Three on the holder's host, one of them idle; elsewhere all are idle and know nothing."""
+    workers = [
+        WorkerView(f"w{number}", f"w{number}", Role.PREFILL, "h:1", "same", host_id, queued_tokens=queued)
+        for number, (host_id, queued) in enumerate(
+            [("a", 9000), ("a", 5000), ("a", 100), ("b", 0), ("c", 0), ("d", 0), ("e", 0), ("f", 0), ("g", 0)]
+        )
+    ]
+    decoders = [
+        WorkerView(f"d{number}", f"d{number}", Role.DECODE, "h:1", "same", "abcdefg"[number]) for number in range(7)
+    ]
+    index = PrefixIndex()
+    index.apply("w0", "w0", 1, NAMES[:38], ())
+    fleet = Fleet()
+    for worker in (*workers, *decoders):
+        fleet.put(worker)
+    request = RoutedRequest("r", 16 * 40, 16, 1 << 20, {}, fetch=FetchPolicy())
+    for router in (FleetRouter(fleet, index, few_pairs=0), FleetRouter(fleet, index, few_pairs=1000)):
+        chosen = router.route(request, NAMES, Placement.REMOTE, LinkMatrix(), 0.0).chosen
+        assert chosen.prefill is not None
+        assert chosen.prefill.worker_id == "w2"
+        assert chosen.fetch is not None
+        assert (chosen.fetch.holder_id, chosen.fetch.num_blocks) == ("w0", 38)
 
 
 @settings(max_examples=30, deadline=None)
@@ -145,7 +244,7 @@ def test_the_head_of_a_lane_is_never_more_loaded_than_what_follows(
         assert fleet.num_prefill == sum(seat.is_prefill for seat in fleet.seats.values())
         for lane in (*fleet.prefill_lanes, *fleet.decode_lanes):
             loads = sorted(seat.load_s for seat in lane.seats)
-            assert lane.first("r").load_s == loads[0]
+            assert lane.first(7).load_s == loads[0]
             assert [seat.load_s for seat in lane.head(3)] == loads[:3]
 
 
