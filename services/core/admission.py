@@ -7,9 +7,12 @@ and a rate are learned from it, whatever the bottleneck is: workers, links, or t
 - The time to the first token of a newcomer is what the first line says for the tokens that wait, itself among them.
 - As many streams run as the second line allows for the tightest target among them. Beyond that a request waits here, in front
   of the tokenizer, if its turn comes early enough, and is refused if not. A promise is kept: who waits is not refused later.
+- Once somebody had to wait or was refused, seats are given at the rate at which they are left, hardly quicker. What begins
+  together ends together otherwise: all prompts would be computed at one time, and all answers at another.
 - Batch has no target. It waits until there is room, and never takes more than half of it.
 
-A target that could not be met alone counts as one that could, barely: nobody is refused because a model is slow. And where
+A target that could not be met alone counts as one that could, barely: nobody is refused because a model is slow. What it takes
+alone is learned from those who were (nearly) alone: a crowd makes everything slow, and is no reason to let in more. And where
 few requests are inside everybody is let in, so that a wrong line is put right.
 """
 
@@ -27,6 +30,8 @@ _MEASURED_TOKENS = 8
 _WATCHED_TPOT_MS = CLASS_TARGETS[SloClass.INTERACTIVE].tpot_ms
 # To come back after, while nothing has ended yet that would tell how quickly things do.
 _UNKNOWN_S = 1.0
+# Under pressure seats are given this much quicker than they are left, and so many at once.
+_QUICKER, _AT_ONCE = 1.25, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +60,11 @@ class Visit:
     admitted_s: float | None = None
     first_token_s: float | None = None
     ahead_tokens: int = 0  # when it was let in, its own among them
+    is_lonely: bool = False  # hardly anybody was inside then
     num_tokens_out: float = 0.0  # of each stream, on average
     measured_s: float = 0.0  # when its pace was last measured, and after how many tokens of a stream
     measured_tokens: float = 0.0
+    measured_stream_s: float = 0.0  # what all streams together had decoded until then
     has_ended: bool = False
 
     @property
@@ -75,10 +82,17 @@ class AdmissionControl:
     ahead_tokens: int = 0  # of prompts that were let in and have no first token yet; not those of batch
     _ttft: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.05))
     _tpot: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.02))
+    _lonely_ttft: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.05))
+    _lonely_tpot: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.02))
+    _stay_s: float = 0.0  # how long a request runs
     _end_every_s: float = 0.0  # seconds between ends while others waited or ran
     _last_end_s: float | None = None
+    _pressed_until_s: float = -math.inf  # not everybody was let in a moment ago
+    _next_seat_s: float = -math.inf  # for the next one, if seats are given at the rate at which they are left
     _num_batch: int = 0
-    _running: set[Visit] = field(default_factory=set)
+    _stream_s: float = 0.0  # seconds of all streams that decode, together, until ``_counted_s``
+    _counted_s: float = 0.0
+    _running: dict[Visit, None] = field(default_factory=dict)  # by when they were let in
     _waiting: list[Visit] = field(default_factory=list)
     _num_visits: int = 0
 
@@ -91,6 +105,15 @@ class AdmissionControl:
         trying again makes sense. ``others_tokens``: prompt tokens of other gateways that wait on workers."""
         visit.order, visit.arrival_s = self._num_visits, now
         self._num_visits += 1
+        is_in = False
+        try:
+            is_in = self._arrive(visit, now, others_tokens)
+        finally:
+            if not is_in and not visit.is_batch:
+                self._pressed_until_s = now + self._stay_s
+        return is_in
+
+    def _arrive(self, visit: Visit, now: float, others_tokens: int) -> bool:
         ahead = self.ahead_tokens + others_tokens + visit.num_tokens
         is_next = all(self._turn(visit, now) < self._turn(other, now) for other in self._waiting)
         if is_next and self._has_room(visit, now):
@@ -109,18 +132,29 @@ class AdmissionControl:
         self._waiting.append(visit)
         return False
 
+    @property
+    def wake_s(self) -> float | None:
+        """When somebody who waits may be let in although nobody ends: call ``look`` then."""
+        return self._next_seat_s if self._waiting else None
+
+    def look(self, now: float) -> list[Visit]:
+        """Time has passed. Returns those that are let in now."""
+        return self._let_in_waiting(now)
+
     def progress(self, visit: Visit, tokens_per_stream: float, now: float) -> None:
         """So many tokens of each of its streams are there, on average."""
         if visit.admitted_s is None or visit.has_ended:
             return
         visit.num_tokens_out = tokens_per_stream
         if visit.first_token_s is None:
-            visit.first_token_s = visit.measured_s = now
-            visit.measured_tokens = tokens_per_stream
-            self.num_decoding += visit.num_streams
+            visit.first_token_s = now
+            self._count_decoding(visit.num_streams, now)
+            self._measure_from(visit, now)
             if not visit.is_batch:
                 self.ahead_tokens -= visit.num_tokens
                 self._ttft.observe(visit.ahead_tokens, now - visit.admitted_s)
+                if visit.is_lonely:
+                    self._lonely_ttft.observe(visit.ahead_tokens, now - visit.admitted_s)
         elif tokens_per_stream - visit.measured_tokens >= _MEASURED_TOKENS:
             self._measure(visit, now)
 
@@ -133,13 +167,16 @@ class AdmissionControl:
             if visit in self._waiting:
                 self._waiting.remove(visit)
             return []
-        self._running.discard(visit)
+        del self._running[visit]
         if visit.first_token_s is None:
             self.ahead_tokens -= 0 if visit.is_batch else visit.num_tokens
         elif 2.0 * (visit.num_tokens_out - visit.measured_tokens) >= _MEASURED_TOKENS:
             self._measure(visit, now)
         self.num_streams -= visit.num_streams
-        self.num_decoding -= visit.num_streams if visit.first_token_s is not None else 0
+        if visit.first_token_s is not None:
+            self._count_decoding(-visit.num_streams, now)
+            stay_s = now - (visit.admitted_s or 0.0)
+            self._stay_s = stay_s if self._stay_s == 0.0 else 0.9 * self._stay_s + 0.1 * stay_s
         self._num_batch -= visit.num_streams if visit.is_batch else 0
         self._count_end(now)
         return self._let_in_waiting(now)
@@ -154,7 +191,8 @@ class AdmissionControl:
         has_share = self._num_batch + visit.num_streams <= capacity * self.limits.batch_share
         if self._gives_way(visit, now) and not has_share:
             return False
-        return self.num_streams + visit.num_streams <= capacity
+        is_turn = now >= self._pressed_until_s or now >= self._next_seat_s
+        return is_turn and self.num_streams + visit.num_streams <= capacity
 
     def _gives_way(self, visit: Visit, now: float) -> bool:
         return visit.is_batch and now < visit.arrival_s + self.limits.batch_patience_s
@@ -174,37 +212,46 @@ class AdmissionControl:
             targets.append(_WATCHED_TPOT_MS / 1e3)
         if not targets or not self._tpot.is_known:
             return math.inf
-        alone_s = self._tpot.at(1.0)
-        target_s = max(min(targets) * self.limits.margin, self.limits.alone * alone_s)
+        lonely = self._lonely_tpot if self._lonely_tpot.is_known else self._tpot
+        target_s = max(min(targets) * self.limits.margin, self.limits.alone * lonely.at(1.0))
         slope = self._tpot.slope
-        return math.inf if slope <= 0.0 else 1.0 + (target_s - alone_s) / slope
+        return math.inf if slope <= 0.0 else max(1.0, 1.0 + (target_s - self._tpot.at(1.0)) / slope)
 
     def _allowed_s(self, visit: Visit) -> float:
         """Time to the first token that may be expected of it."""
         if visit.ttft_s is None:
             return math.inf
-        return max(visit.ttft_s * self.limits.margin, self.limits.alone * self._ttft.at(visit.num_tokens))
+        lonely = self._lonely_ttft if self._lonely_ttft.is_known else self._ttft
+        return max(visit.ttft_s * self.limits.margin, self.limits.alone * lonely.at(visit.num_tokens))
 
     def _seat_s(self, visit: Visit, now: float) -> float:
-        """Until its turn comes, at the rate at which requests end."""
+        """Until its turn comes, at the rate at which requests end. What began together ends together: where nothing has ended
+        for long, it takes as long again to the next end."""
         own = self._turn(visit, now)
-        return (1 + sum(self._turn(other, now) < own for other in self._waiting)) * self._end_every_s
+        oldest = next(iter(self._running), None)
+        silent_s = 0.0 if oldest is None else now - max(oldest.admitted_s or 0.0, self._last_end_s or 0.0)
+        num_before = sum(self._turn(other, now) < own for other in self._waiting)
+        return max(silent_s, self._end_every_s) + num_before * self._end_every_s
 
     # What happens.
 
     def _let_in(self, visit: Visit, now: float) -> None:
         visit.admitted_s = now
-        self._running.add(visit)
+        self._running[visit] = None
+        seat_s = self._stay_s / (_QUICKER * self._capacity(visit)) * visit.num_streams
+        self._next_seat_s = max(self._next_seat_s, now - _AT_ONCE * seat_s) + seat_s
         if not visit.is_batch:  # others pass it by
             self.ahead_tokens += visit.num_tokens
         visit.ahead_tokens = self.ahead_tokens
         self.num_streams += visit.num_streams
+        visit.is_lonely = self.num_streams <= self.limits.always
         self._num_batch += visit.num_streams if visit.is_batch else 0
 
     def _let_in_waiting(self, now: float) -> list[Visit]:
         entered: list[Visit] = []
         for visit in sorted(self._waiting, key=lambda visit: self._turn(visit, now)):
-            if self._running and not self._has_room(visit, now):
+            is_small = not self._running or self.num_streams + visit.num_streams <= self.limits.always
+            if not is_small and not self._has_room(visit, now):
                 break
             self._waiting.remove(visit)
             self._let_in(visit, now)
@@ -212,9 +259,25 @@ class AdmissionControl:
         return entered
 
     def _measure(self, visit: Visit, now: float) -> None:
-        num_tokens = visit.num_tokens_out - visit.measured_tokens
-        self._tpot.observe(self.num_decoding, (now - visit.measured_s) / num_tokens)
-        visit.measured_s, visit.measured_tokens = now, visit.num_tokens_out
+        """Its pace, beside as many as there were on average. All of them tell of the same time, and count as one: else
+        a crowd would make the line forget within a second what it knew of fewer."""
+        self._count_decoding(0, now)
+        took_s = now - visit.measured_s
+        if took_s > 0.0:
+            beside = max(1.0, (self._stream_s - visit.measured_stream_s) / took_s)
+            pace_s = took_s / (visit.num_tokens_out - visit.measured_tokens)
+            self._tpot.observe(beside, pace_s, visit.num_streams / beside)
+            if beside <= self.limits.always:
+                self._lonely_tpot.observe(beside, pace_s)
+        self._measure_from(visit, now)
+
+    def _measure_from(self, visit: Visit, now: float) -> None:
+        visit.measured_s, visit.measured_tokens, visit.measured_stream_s = now, visit.num_tokens_out, self._stream_s
+
+    def _count_decoding(self, change: int, now: float) -> None:
+        self._stream_s += self.num_decoding * (now - self._counted_s)
+        self._counted_s = now
+        self.num_decoding += change
 
     def _count_end(self, now: float) -> None:
         if self._last_end_s is not None and (self._running or self._waiting):

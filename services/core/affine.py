@@ -23,15 +23,16 @@ class AffineFit:
     def is_known(self) -> bool:
         return self._n > 0.0
 
-    def observe(self, x: float, y: float) -> None:
+    def observe(self, x: float, y: float, weight: float = 1.0) -> None:
+        """``weight``: of how many observations this is one."""
         if self.is_known:
             y = min(y, max(self._least_surprise, _MAX_SURPRISE * self.at(x)))
-        keep = self._keep
-        self._n = keep * self._n + 1.0
-        self._x = keep * self._x + x
-        self._y = keep * self._y + y
-        self._xx = keep * self._xx + x * x
-        self._xy = keep * self._xy + x * y
+        keep = self._keep**weight
+        self._n = keep * self._n + weight
+        self._x = keep * self._x + weight * x
+        self._y = keep * self._y + weight * y
+        self._xx = keep * self._xx + weight * x * x
+        self._xy = keep * self._xy + weight * x * y
 
     @property
     def slope(self) -> float:

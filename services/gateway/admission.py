@@ -61,6 +61,7 @@ class Admission:
         self._patience_s = patience_s
         self._others_tokens = others_tokens
         self._turns: dict[Visit, asyncio.Future[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._chars_per_token = _CHARS_PER_TOKEN
 
     @contextmanager
@@ -100,6 +101,7 @@ class Admission:
         tickets.append(ticket)
         if not is_in:
             turn = self._turns[visit] = asyncio.get_running_loop().create_future()
+            self._look_later()
             try:
                 async with asyncio.timeout(caller.timeout_s):
                     await turn
@@ -110,10 +112,24 @@ class Admission:
 
     def leave(self, visit: Visit) -> None:
         self._turns.pop(visit, None)
-        for entered in self.control.end(visit, self.clock()):
+        self._let_in(self.control.end(visit, self.clock()))
+
+    def _let_in(self, visits: list[Visit]) -> None:
+        for entered in visits:
             turn = self._turns.pop(entered)
             if not turn.done():
                 turn.set_result(None)
+
+    def _look_later(self) -> None:
+        """One timer while somebody waits whose turn may come although nobody ends."""
+        wake_s = self.control.wake_s
+        if self._timer is None and wake_s is not None and (delay_s := wake_s - self.clock()) > 0.0:
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        self._let_in(self.control.look(self.clock()))
+        self._look_later()
 
     def learn(self, prompts: tuple[Prompt, ...], num_tokens: int) -> None:
         """The prompts turned out to have so many tokens."""

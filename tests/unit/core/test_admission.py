@@ -224,3 +224,68 @@ def test_who_leaves_while_waiting_is_forgotten() -> None:
     assert control.end(inside, 1.0) == []
     assert control.end(inside, 1.0) == [], "a second end is ignored"
     assert (control.num_waiting, control.num_streams, control.ahead_tokens) == (0, 0, 0)
+
+
+def test_a_pace_counts_for_those_who_were_beside_it_not_for_who_came_at_its_end() -> None:
+    control = AdmissionControl()
+    first = interactive(None, None)
+    control.arrive(first, 0.0)
+    control.progress(first, 1, 0.0)
+    for _ in range(9):
+        control.arrive(other := interactive(None, None), 0.7)
+        control.progress(other, 1, 0.79)
+    control.progress(first, 9, 0.8)
+    assert not control.arrive(interactive(ttft_s=None, tpot_s=0.2), 0.8), "one took 100 ms: eleven would take far more"
+
+
+def test_where_nothing_has_ended_for_long_nobody_is_made_to_wait_for_a_moment() -> None:
+    control = AdmissionControl(AdmissionLimits(always=1))
+    _teach_tpot(control, at_one_s=0.1)
+    control.arrive(interactive(None, None), 99.9)
+    for number in range(200):
+        visit = interactive(None, None)
+        control.arrive(visit, 100.0 + 0.01 * number)
+        control.progress(visit, 1, 100.0 + 0.01 * number)
+        control.end(visit, 100.0 + 0.01 * number)
+    assert control.arrive(interactive(tpot_s=0.1), 102.0)
+    assert not control.arrive(interactive(tpot_s=0.1), 102.1), "something ends every 10 ms"
+    with pytest.raises(BatonError, match="its turn would come"):
+        control.arrive(interactive(tpot_s=0.1), 104.0)
+
+
+def test_how_slow_it_is_for_many_does_not_count_as_how_slow_it_is_for_one() -> None:
+    """Else a crowd would be a reason to let in more."""
+    control = AdmissionControl()
+    for number, (crowd, ttft_s) in enumerate([(1, 0.1)] * 10 + [(20, 3.0)] * 10):
+        now_s = 100.0 * number
+        visits = [interactive(None, None) for _ in range(crowd)]
+        for visit in visits:
+            control.arrive(visit, now_s)
+        for visit in visits:
+            control.progress(visit, 1, now_s + ttft_s)
+            control.end(visit, now_s + ttft_s)
+    for _ in range(12):
+        control.arrive(interactive(None, None), 5000.0)
+    with pytest.raises(BatonError, match="first token"):
+        control.arrive(interactive(), 5000.0)
+
+
+def test_under_pressure_seats_are_given_at_the_rate_at_which_they_are_left() -> None:
+    """Else what began together ends together: all prompts would be computed at one time, and all answers at another."""
+    control = AdmissionControl(AdmissionLimits(always=1))
+    _teach_tpot(control, at_one_s=0.01)
+    inside = []
+    while control.arrive(visit := interactive(ttft_s=30.0, tpot_s=0.1), 10.0):
+        inside.append(visit)
+    waiting = [visit, interactive(ttft_s=30.0, tpot_s=0.1)]
+    assert not control.arrive(waiting[1], 10.0)
+    for visit in inside[1:]:
+        assert control.end(visit, 10.001) == []
+    wake_s = control.wake_s
+    assert wake_s is not None
+    assert wake_s > 10.001
+    assert control.look(10.001) == []
+    assert control.look(wake_s) == waiting[:1]
+    assert (later_s := control.wake_s) is not None
+    assert control.look(later_s) == waiting[1:]
+    assert control.wake_s is None

@@ -24,16 +24,20 @@ CHAT = "/v1/chat/completions"
 def crowded(gateway: Gateway, *, first_token_s: float = 1.0, token_s: float = 0.05) -> Iterator[list[Visit]]:
     """Four streams run, each four times as slow as one alone, and four first tokens have taken four times as long as one."""
     control = gateway.deps.admission.control
+    now_s = gateway.deps.clock() - 1e5
     for number in range(40):
         visits = [Visit(SloClass.STANDARD, 10, 1, None, None) for _ in range(1 + number % 4)]
         for visit in visits:
-            control.arrive(visit, 0.0)
+            control.arrive(visit, now_s)
         for index, visit in enumerate(visits):
-            control.progress(visit, 1, first_token_s * (1 + index))
+            control.progress(visit, 1, now_s + first_token_s * (1 + index))
+        now_s += first_token_s * len(visits)
+        for tokens in (1, 21):
+            for visit in visits:
+                control.progress(visit, tokens, now_s)
+            now_s += 20 * token_s * len(visits)
         for visit in visits:
-            control.progress(visit, 21, visit.measured_s + 20 * token_s * len(visits))
-        for visit in visits:
-            control.end(visit, 0.0)
+            control.end(visit, now_s)
     visits = [Visit(SloClass.STANDARD, 10, 1, None, None) for _ in range(4)]
     for visit in visits:
         assert control.arrive(visit, gateway.deps.clock())
