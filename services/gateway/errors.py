@@ -116,7 +116,9 @@ def public_error(error: BaseException) -> PublicError:
         error = BatonError(ErrorCode.INTERNAL, "unforeseen")
     entry = _CATALOGUE[error.code]
     if entry.public_message is not None and entry.status != 500:
-        _log.warning("request failed", code=error.code.value, cause=error.message)
+        # Refusals for want of room come by the thousand when there is least time to write of them; they are counted.
+        write = _log.debug if error.code is ErrorCode.OVERLOADED else _log.warning
+        write("request failed", code=error.code.value, cause=error.message)
     status, code = entry.status, error.code.value
     if isinstance(error, HttpRefusal):
         status, code = error.status, error.http_code
