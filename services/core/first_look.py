@@ -125,7 +125,7 @@ def _decode(
     row = links.row(start[1].incarnation)
     best: _Pair | None = None
     second: _Pair | None = None
-    some = index.some_of(block_names) if num_held else 0
+    some = index.holding(block_names, 1) if num_held else 0
     for seat in tails:
         num_cached = 0
         if num_held and index.bits.get(seat.worker_id, 0) & some:

@@ -130,9 +130,9 @@ class PrefixIndex:
                 high = middle
         return Level(low, held)
 
-    def some_of(self, names: Sequence[bytes]) -> int:
-        """Those that hold the first block, as bits."""
-        return self._by_name.get(names[0], 0)
+    def holding(self, names: Sequence[bytes], number: int) -> int:
+        """Those that hold the block with this number, from 1 on, as bits."""
+        return self._by_name.get(names[number - 1], 0)
 
     def depth(self, names: Sequence[bytes], bit: int) -> int:
         """How many of the first blocks one worker holds."""
