@@ -182,7 +182,7 @@ class Fleet:
         self.decode_lanes: list[Lane] = []
         self.num_prefill = 0
         self.version = 0
-        """Changes when a worker comes or goes."""
+        """Changes when a worker comes, goes or begins anew."""
         self._lanes: dict[LaneKey, Lane] = {}
         self._hosts: dict[str, tuple[list[Seat], list[Seat]]] = {}  # those that prefill, and the others
         self._free_numbers: list[int] = []
@@ -196,6 +196,7 @@ class Fleet:
         if seat is not None:
             if seat.lane.key == _lane_key(view) and seat.view.host_id == view.host_id:
                 seat.lane.remove(seat)
+                self.version += view.incarnation != seat.incarnation
                 seat.set_view(view)
                 seat.lane.insert(seat)
                 return

@@ -130,6 +130,7 @@ class LinkMatrix:
         self._limits = limits
         self._links: dict[PairKey, Link] = {}
         self._rows: dict[str, dict[str, Link]] = {}
+        self._troubled: set[PairKey] = set()  # has failed, and may be well again
 
     def get(self, pair: PairKey) -> Link:
         """What is known of a pair, perhaps nothing."""
@@ -141,6 +142,7 @@ class LinkMatrix:
     def forget_all_but(self, alive: Iterable[str]) -> None:
         """Drops pairs with a process that is gone."""
         known = set(alive)
+        self._troubled = {pair for pair in self._troubled if {pair.prefill, pair.decode} <= known}
         for pair in [pair for pair in self._links if not {pair.prefill, pair.decode} <= known]:
             del self._links[pair], self._rows[pair.prefill][pair.decode]
             if not self._rows[pair.prefill]:
@@ -154,6 +156,7 @@ class LinkMatrix:
         link.probed_s, link.failed_transports = now, result.failed_transports
         if result.error is not None:
             link.state, link.reason = LinkState.FAILED, result.error
+            self._troubled.add(pair)
             self._breaker(link).on_failure(now)
             return
         if link.transport != result.transport or link.state is LinkState.FAILED:
@@ -191,6 +194,7 @@ class LinkMatrix:
         """A handoff failed on its way."""
         link = self._link(pair)
         link.num_failures += 1
+        self._troubled.add(pair)
         self._breaker(link).on_failure(now)
 
     def on_over(self, pair: PairKey, now: float) -> None:
@@ -228,6 +232,11 @@ class LinkMatrix:
             link.fetching.on_over(now)
 
     # What is asked.
+
+    def troubled(self) -> list[PairKey]:
+        """Pairs that something speaks against."""
+        self._troubled = {pair for pair in self._troubled if pair in self._links and not self._links[pair].is_calm}
+        return sorted(self._troubled)
 
     def cost(self, pair: PairKey) -> LinkCost | None:
         link = self._links.get(pair)

@@ -152,9 +152,7 @@ class Soonest:
         if start_s < self.best_s:
             self.best_s = start_s
 
-    def _plan(
-        self, needer: Seat, holder: Seat, num_blocks: int, num_new: int, policy: FetchPolicy
-    ) -> FetchPlan | None:
+    def _plan(self, needer: Seat, holder: Seat, num_blocks: int, num_new: int, policy: FetchPolicy) -> FetchPlan | None:
         """See ``fetch.plan_fetch``; there is one to ask."""
         request = self._request
         compute_s = num_new * request.block_size * needer.token_s
@@ -185,4 +183,3 @@ class Soonest:
             elif start[1] is not best[1] and (second is None or start[0] < second[0]):
                 second = start
         return best, second
-

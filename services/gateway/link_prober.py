@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -13,8 +14,9 @@ from baton.api.common.v1 import common_pb2
 from baton.api.kvtransfer.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc
 from baton.kvtransfer.errors import TransferCode
 from baton.services.core.breaker import BreakerState
+from baton.services.core.link_plan import pairs_to_probe
 from baton.services.core.links import LinkMatrix, LinkState, PairKey, ProbeResult, Standing
-from baton.services.core.router import Role
+from baton.services.core.router import Role, WorkerView
 from baton.services.gateway.registry import KnownWorker, Registry
 from baton.services.runtime.grpc import create_channel
 
@@ -54,53 +56,85 @@ class LinkProber:
         self._clock = clock
         self._open_channel = open_channel
         self._on_probed = on_probed
+        self._planned_for: tuple[int, int] | None = None  # the fleet's version, and how many are gone
+        self._look_s = 0.0
         self._plans: dict[PairKey, _Plan] = {}
+        self._ids: dict[str, str] = {}  # of the workers that probe and are probed, by incarnation
+        self._due: deque[PairKey] = deque()
         self._probes: dict[PairKey, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Probes new pairs at once and old ones now and then. Runs until cancelled."""
         try:
             while True:
-                wake_s = self._start_due()
+                self._look()
                 try:
-                    async with asyncio.timeout(max(0.01, wake_s - self._clock())):
+                    async with asyncio.timeout(max(0.01, self._look_s - self._clock())):
                         await self._registry.wait_changed()
                 except TimeoutError:
                     pass
         finally:
+            self._due.clear()
             probes = list(self._probes.values())
             for probe in probes:
                 probe.cancel()
             await asyncio.gather(*probes, return_exceptions=True)
 
-    def _start_due(self) -> float:
-        """Starts what is due and returns when to look again."""
+    def _look(self) -> None:
+        """Starts what is due. Between two looks a second apart, only when workers came or went: each of them reports once a
+        second, and reports are no news."""
         now = self._clock()
-        pairs = self._pairs()
-        self._links.forget_all_but(known.link.incarnation for known in self._registry)
-        for pair in [pair for pair in self._plans if pair not in pairs]:
-            del self._plans[pair]
-        for pair, (prefill, decode) in pairs.items():
-            plan = self._plans.setdefault(pair, _Plan(now))
-            is_half_open = self._links.breaker_state(pair, now) == BreakerState.HALF_OPEN
-            is_due = plan.due_s <= now or (is_half_open and self._links.standing(pair, now) is Standing.FINE)
-            if is_due and pair not in self._probes and len(self._probes) < MAX_PROBES_AT_ONCE:
-                if is_half_open:
-                    self._links.on_start(pair, now)  # the one try that is let through
-                probe = asyncio.create_task(self._probe(pair, plan, prefill, decode), name="probe-link")
-                self._probes[pair] = probe
-                probe.add_done_callback(lambda _, pair=pair: self._probes.pop(pair, None))  # type: ignore[misc]
-        return now + FIRST_RETRY_S
+        fleet = self._registry.fleet
+        version = fleet.version, self._registry.num_forgotten
+        is_new = version != self._planned_for
+        if not is_new and now < self._look_s:
+            return
+        self._look_s = now + FIRST_RETRY_S
+        if is_new:
+            self._planned_for = version
+            self._make_plans(fleet.views(), now)
+        for pair in self._links.troubled():
+            # Found out by a transfer, perhaps of a pair that is not among those that are probed.
+            if pair not in self._plans and pair.prefill in self._ids and pair.decode in self._ids:
+                self._plans[pair] = _Plan(now)
+        self._due = deque(pair for pair, plan in self._plans.items() if self._is_due(pair, plan, now))
+        self._start_due()
 
-    def _pairs(self) -> dict[PairKey, tuple[KnownWorker, KnownWorker]]:
-        """Every prefill with every decode worker, also where their blocks differ: the two then say how."""
-        usable = [known for known in self._registry if known.is_usable]
-        return {
-            PairKey(prefill.link.incarnation, decode.link.incarnation): (prefill, decode)
-            for prefill in usable
-            for decode in usable
-            if (prefill.link.role, decode.link.role) == (Role.PREFILL, Role.DECODE)
-        }
+    def _make_plans(self, views: Sequence[WorkerView], now: float) -> None:
+        """Pairs are chosen whether or not their blocks differ: the two then say how."""
+        prefill = [view for view in views if view.role is Role.PREFILL]
+        decode = [view for view in views if view.role is Role.DECODE]
+        self._links.forget_all_but(known.link.incarnation for known in self._registry)
+        self._ids = {view.incarnation: view.worker_id for view in (*prefill, *decode)}
+        old = self._plans
+        self._plans = {pair: old.get(pair) or _Plan(now) for pair in pairs_to_probe(prefill, decode)}
+
+    def _is_due(self, pair: PairKey, plan: _Plan, now: float) -> bool:
+        if pair in self._probes:
+            return False
+        return plan.due_s <= now or self._is_free_to_try(pair, now)
+
+    def _is_free_to_try(self, pair: PairKey, now: float) -> bool:
+        is_half_open = self._links.breaker_state(pair, now) == BreakerState.HALF_OPEN
+        return is_half_open and self._links.standing(pair, now) is Standing.FINE
+
+    def _start_due(self) -> None:
+        now = self._clock()
+        while self._due and len(self._probes) < MAX_PROBES_AT_ONCE:
+            pair = self._due.popleft()
+            plan = self._plans.get(pair)
+            prefill, decode = (self._registry.get(self._ids.get(incarnation, "")) for incarnation in pair)
+            if plan is None or prefill is None or decode is None or not self._is_due(pair, plan, now):
+                continue
+            if self._links.breaker_state(pair, now) == BreakerState.HALF_OPEN:
+                self._links.on_start(pair, now)  # the one try that is let through
+            probe = asyncio.create_task(self._probe(pair, plan, prefill, decode), name="probe-link")
+            self._probes[pair] = probe
+            probe.add_done_callback(lambda _, pair=pair: self._on_over(pair))  # type: ignore[misc]
+
+    def _on_over(self, pair: PairKey) -> None:
+        del self._probes[pair]
+        self._start_due()
 
     async def _probe(self, pair: PairKey, plan: _Plan, prefill: KnownWorker, decode: KnownWorker) -> None:
         result = await self._ask(prefill, decode)
@@ -168,7 +202,8 @@ def describe_links(registry: Registry, links: LinkMatrix, now: float) -> list[di
     ids = {known.link.incarnation: known.link.worker_id for known in registry if known.link.role is not Role.PREFILL}
     for worker in described:
         if worker["role"] == Role.PREFILL.value:
-            own = [pair for pair in links.pairs() if pair.prefill == worker["incarnation"] and pair.decode in ids]
+            incarnation = str(worker["incarnation"])
+            own = [PairKey(incarnation, decode) for decode in links.row(incarnation) if decode in ids]
             worker["links"] = [
                 _describe(links, pair, ids[pair.decode], now) for pair in sorted(own, key=lambda pair: ids[pair.decode])
             ]

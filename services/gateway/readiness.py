@@ -28,10 +28,11 @@ class Readiness:
             return True, ""
         prefill = [view for view in views if view.role is Role.PREFILL]
         decode = [view for view in views if view.role is Role.DECODE]
-        is_any_pair = any(one.exchanges_blocks_with(other) for one in prefill for other in decode)
+        pair = _first_pair(prefill, decode)
+        is_any_pair = pair is not None
         if not decode:
             return False, f"no decode worker is ready ({len(views)} other workers are)"
-        problem = self._problem_of_pairs(views)
+        problem = None if pair is None else self._problem_of_pairs(prefill, decode, pair)
         if is_any_pair and problem is None:
             self.has_seen_pair = True
             return True, ""
@@ -45,20 +46,34 @@ class Readiness:
             return True, f"degraded: {problem}; decode workers prefill themselves"
         return False, problem or ""
 
-    def _problem_of_pairs(self, views: Sequence[WorkerView]) -> str | None:
-        """None: blocks can go from a prefill to a decode worker."""
+    def _problem_of_pairs(
+        self, prefill: Sequence[WorkerView], decode: Sequence[WorkerView], pair: tuple[WorkerView, WorkerView]
+    ) -> str | None:
+        """None: blocks can go from a prefill to a decode worker. ``pair``: two that would exchange them."""
         if self._links is None:
             return None
-        problem = ""
-        for prefill in views:
-            for decode in views:
-                if (prefill.role, decode.role) != (Role.PREFILL, Role.DECODE):
-                    continue
-                if not prefill.exchanges_blocks_with(decode):
-                    continue
-                link = self._links.get(PairKey(prefill.incarnation, decode.incarnation))
-                if link.state in (LinkState.VERIFIED, LinkState.UNVERIFIED):
+        others = {other.incarnation: other for other in decode}
+        for one in prefill:
+            for incarnation, link in self._links.row(one.incarnation).items():
+                other = others.get(incarnation)
+                is_well = link.state in (LinkState.VERIFIED, LinkState.UNVERIFIED)
+                if is_well and other is not None and one.exchanges_blocks_with(other):
                     return None
-                what = link.reason or "no canary has come through yet"
-                problem = problem or f"no usable pair: {prefill.worker_id} to {decode.worker_id}: {what}"
-        return problem
+        key = PairKey(pair[0].incarnation, pair[1].incarnation)
+        what = self._links.get(key).reason or "no canary has come through yet"
+        return f"no usable pair: {pair[0].worker_id} to {pair[1].worker_id}: {what}"
+
+
+def _first_pair(prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> tuple[WorkerView, WorkerView] | None:
+    """Two that exchange blocks. Of a thousand workers a few kinds are compared."""
+    kinds = {(other.compatibility, other.wire_versions): other for other in reversed(decode)}
+    tried = set()
+    for one in prefill:
+        kind = one.compatibility, one.wire_versions
+        if kind in tried:
+            continue
+        tried.add(kind)
+        for other in kinds.values():
+            if one.exchanges_blocks_with(other):
+                return one, other
+    return None

@@ -22,6 +22,7 @@ from baton.services.core.cost_learning import CostBook
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.fleet import Fleet
 from baton.services.core.router import Role, WorkerView
+from baton.services.gateway.reported import Reported
 from baton.services.gateway.worker_link import WorkerLink
 from baton.services.runtime.convert import STATE_NAMES, role_from_wire
 from baton.services.runtime.grpc import create_channel
@@ -74,9 +75,12 @@ class Registry:
         self._on_heard = on_heard
         self._on_forget = on_forget
         self._peer_timeout_s = peer_timeout_s
+        self.num_forgotten = 0  # workers
         self.num_fenced = 0  # outputs of attempts that were over, not served
         self._fleet = Fleet()
         self._changed: set[str] = set()  # workers that the fleet does not show as they are
+        self._reported = Reported()
+        self._unsummed: set[str] = set()  # workers that the sums do not show as they are
         self._workers: dict[str, KnownWorker] = {}
         self._replaced: dict[str, str] = {}  # worker id -> the older incarnation that was told of last
         self._waiters: set[asyncio.Future[bool]] = set()
@@ -121,7 +125,7 @@ class Registry:
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
         known.status, known.heard_s = status, self._clock()
-        self._changed.add(worker_id)
+        self._mark(worker_id)
         self._on_heard()
         self._tell_changed()
         return True
@@ -135,11 +139,15 @@ class Registry:
             self._gateway,
             open_channel=self._open_channel,
             on_connected=self._tell_changed,
-            on_usable=lambda: self._changed.add(worker_id),
+            on_usable=lambda: self._mark(worker_id),
             on_load=lambda: self._on_load(worker_id),
             on_fenced=self._count_fenced,
             peer_timeout_s=self._peer_timeout_s,
         )
+
+    def _mark(self, worker_id: str) -> None:
+        self._changed.add(worker_id)
+        self._unsummed.add(worker_id)
 
     def _count_fenced(self) -> None:
         self.num_fenced += 1
@@ -147,6 +155,18 @@ class Registry:
     def statuses(self) -> list[pb.WorkerStatus]:
         """The last report of every worker that can be reached."""
         return [known.status for known in self._workers.values() if known.link.is_connected]
+
+    @property
+    def reported(self) -> Reported:
+        """Sums over these reports."""
+        for worker_id in self._unsummed:
+            known = self._workers.get(worker_id)
+            if known is not None and known.link.is_connected:
+                self._reported.put(worker_id, known.status)
+            else:
+                self._reported.drop(worker_id)
+        self._unsummed.clear()
+        return self._reported
 
     def views(self) -> list[WorkerView]:
         """The usable workers as the router sees them."""
@@ -266,7 +286,8 @@ class Registry:
         worker_id = known.link.worker_id
         if self._workers.get(worker_id) is known:
             del self._workers[worker_id]
-            self._changed.add(worker_id)
+            self._mark(worker_id)
+            self.num_forgotten += 1
             self._on_forget(worker_id)
             log.info("worker forgotten", worker_id=worker_id, incarnation=known.link.incarnation)
         if known.task is not None and known.task is not asyncio.current_task():

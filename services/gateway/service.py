@@ -56,6 +56,7 @@ from baton.services.runtime.subjects import Subjects
 log = structlog.get_logger(__name__)
 
 # What is no fault of the request: it counts as one that missed its SLO.
+_LOOK_EVERY_S = 0.2  # for a pair, while there has been none
 _REFUSED = frozenset(
     {
         *(ErrorCode.OVERLOADED, ErrorCode.DRAINING, ErrorCode.NO_WORKERS),
@@ -74,6 +75,7 @@ class GatewayService:
         self._health = Health()
         self._links = LinkMatrix()
         self._readiness = Readiness(needs_pair=self._needs_pair, links=self._links)
+        self._look_s = 0.0  # when to look for the first pair again
         self._others_tokens = 0  # prompt tokens of other gateways that wait on workers
         self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
 
@@ -239,16 +241,18 @@ class GatewayService:
         self._readiness.check(self._registry.views())
 
     def _on_heard(self) -> None:
-        if not self._readiness.has_seen_pair:  # a pair counts as seen even when nobody asks just then
+        # A pair counts as seen even when nobody asks just then. Looking takes a while with many workers; they report often.
+        now = time.monotonic()
+        if not self._readiness.has_seen_pair and now >= self._look_s:
             self._readiness.check(self._registry.views())
+            self._look_s = now + _LOOK_EVERY_S
         # Reports are up to a second old: what of it this gateway sent itself is known better here.
-        statuses = self._registry.statuses()
-        waiting = sum(status.queued_tokens - status.batch_queued_tokens for status in statuses)
-        self._others_tokens = max(0, waiting - self._deps.admission.control.ahead_tokens)
+        reported = self._registry.reported
+        self._others_tokens = max(0, reported.waiting_tokens - self._deps.admission.control.ahead_tokens)
         # The context length that every usable worker can serve, unless the operator set one.
-        lengths = [status.max_model_len for status in statuses if status.max_model_len]
-        if self._settings.max_model_len is None and lengths and min(lengths) != self._deps.model.max_model_len:
-            self._deps.model = replace(self._deps.model, max_model_len=min(lengths))
+        length = reported.max_model_len
+        if self._settings.max_model_len is None and length and length != self._deps.model.max_model_len:
+            self._deps.model = replace(self._deps.model, max_model_len=length)
 
     def _ready(self) -> tuple[bool, str]:
         if self._health.is_draining:

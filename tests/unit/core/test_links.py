@@ -179,3 +179,20 @@ def test_a_fetch_whose_end_nobody_told_lets_the_next_one_try() -> None:
     assert not links.may_fetch(PAIR, 7.0)
     links.on_fetch_over(PAIR, 7.0)
     assert links.may_fetch(PAIR, 7.0)
+
+
+def test_what_has_failed_counts_as_troubled_until_it_is_well_again_or_gone() -> None:
+    links = LinkMatrix()
+    probed, used, gone = (PairKey("p", name) for name in ("probed", "used", "gone"))
+    for pair in (probed, used, gone):
+        links.on_probe(pair, ProbeResult("tcp", is_verified=True), 0.0)
+    assert links.troubled() == []
+    links.on_probe(probed, ProbeResult(error="no way"), 1.0)
+    for _ in range(20):
+        links.on_failure(used, 1.0)
+        links.on_failure(gone, 1.0)
+    assert links.troubled() == [gone, probed, used]
+    links.forget_all_but({"p", "probed", "used"})
+    assert links.troubled() == [probed, used]
+    links.on_probe(probed, ProbeResult("tcp", is_verified=True), 2.0)
+    assert links.troubled() == [used]
