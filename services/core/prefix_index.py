@@ -72,13 +72,17 @@ class PrefixIndex:
         elif sequence <= holder.sequence:
             return True  # a repetition
         holder.sequence = sequence
+        # In few calls for a whole message: a loop over its blocks would take twice as long.
         by_name, bit = self._by_name, holder.bit
-        known = by_name.get
-        for name in stored:
-            others = known(name)
-            # The bit itself where nobody else holds it: no integer is made, and equal neighbours are the same object.
-            by_name[name] = bit if others is None else others | bit
-        holder.names.update(stored)
+        fresh = dict.fromkeys(stored, bit)
+        others = with_it = 0
+        for name in by_name.keys() & fresh.keys():
+            held = by_name[name]
+            if held is not others:
+                others, with_it = held, held | bit
+            fresh[name] = with_it  # neighbours mostly have the same holders: one integer for all of them
+        by_name.update(fresh)
+        holder.names.update(fresh)
         self._remove(holder, removed)
         return is_next
 
