@@ -23,8 +23,9 @@ from baton.services.core.quick_route import FleetRouter
 from baton.services.core.router import Placement, RoutedRequest, RoutingDecision, WorkerView
 from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import GenerationRequest
+from baton.services.gateway.layouts import block_bytes
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
-from baton.services.gateway.registry import Registry, block_bytes
+from baton.services.gateway.registry import Registry
 from baton.services.gateway.worker_link import Arrival, WorkerLink
 from baton.services.runtime import convert
 

@@ -15,8 +15,9 @@ from baton.services.core.links import LinkMatrix
 from baton.services.core.regret import Comparison, RegretBook
 from baton.services.core.router import WorkerView
 from baton.services.core.threshold import handover_threshold
+from baton.services.gateway.layouts import block_bytes
 from baton.services.gateway.receipts import GenerationRecord
-from baton.services.gateway.registry import Registry, block_bytes
+from baton.services.gateway.registry import Registry
 
 PROFILE_FORMAT = "baton-profile-1"
 _MOST_WORKERS = 16  # the least loaded ones, for the threshold

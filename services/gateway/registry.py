@@ -17,11 +17,11 @@ import structlog
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
-from baton.kvtransfer.versions import VersionRange
 from baton.services.core.cost_learning import CostBook
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.fleet import Fleet
 from baton.services.core.router import Role, WorkerView
+from baton.services.gateway.layouts import compatibility_key, wire_versions
 from baton.services.gateway.reported import Reported
 from baton.services.gateway.worker_link import WorkerLink
 from baton.services.runtime.convert import STATE_NAMES, role_from_wire
@@ -334,7 +334,7 @@ def _view(known: KnownWorker, costs: CostBook, now: float) -> WorkerView:
         role=link.role,
         address=link.address,
         compatibility=compatibility_key(status.compatibility),
-        wire_versions=_wire_versions(status.compatibility),
+        wire_versions=wire_versions(status.compatibility),
         host_id=status.host_id,
         queued_tokens=queued_tokens,
         running=running,
@@ -344,35 +344,6 @@ def _view(known: KnownWorker, costs: CostBook, now: float) -> WorkerView:
         cost=cost,
         tightest_tpot_s=link.tightest_tpot_s,
     )
-
-
-def compatibility_key(compatibility: pb.Compatibility) -> str:
-    """Workers with equal keys have the same blocks, and exchange them if they also speak a version of the wire together."""
-    layout = compatibility.layout
-    return "/".join(
-        str(part)
-        for part in (
-            compatibility.model_fingerprint,
-            layout.num_layers,
-            layout.num_kv_heads,
-            layout.head_dim,
-            layout.block_size,
-            layout.dtype,
-            layout.order,
-        )
-    )
-
-
-def _wire_versions(compatibility: pb.Compatibility) -> VersionRange:
-    """Those of the worker; what makes no sense is taken for the oldest version there is, which the handshake will decide on."""
-    oldest = max(1, compatibility.protocol_version)
-    return VersionRange(oldest, max(oldest, compatibility.newest_protocol_version))
-
-
-def block_bytes(layout: pb.KVLayout) -> int:
-    """Bytes of one block: K and V of all layers."""
-    element_bytes = 4 if layout.dtype == "float32" else 2
-    return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * layout.block_size * element_bytes
 
 
 def _describe(known: KnownWorker) -> dict[str, object]:
@@ -401,7 +372,7 @@ def _describe(known: KnownWorker) -> dict[str, object]:
         "fenced_total": status.fenced_total,
         "corrupt_blocks_total": status.corrupt_blocks_total,
         "preemptions_total": status.preemptions_total,
-        "wire_versions": str(_wire_versions(status.compatibility)),
+        "wire_versions": str(wire_versions(status.compatibility)),
         "fingerprint": status.compatibility.model_fingerprint,
         "kv_dtype": status.compatibility.layout.dtype,
         "block_size": status.compatibility.layout.block_size,

@@ -13,7 +13,8 @@ from helpers.waiting import eventually
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.router import Role
 from baton.services.gateway import registry as registry_module
-from baton.services.gateway.registry import FORGET_AFTER_S, SILENT_AFTER_S, Registry, block_bytes, compatibility_key
+from baton.services.gateway.layouts import block_bytes, compatibility_key
+from baton.services.gateway.registry import FORGET_AFTER_S, SILENT_AFTER_S, Registry
 from baton.services.gateway.worker_link import WorkerLink
 from baton.services.runtime.net import free_port
 
