@@ -97,6 +97,8 @@ class TenantLedger:
 
     def charge(self, tenant: Tenant, num_tokens: int, now: float) -> None:
         """Counts tokens of a prompt or an answer."""
+        if tenant.limits.tokens_per_minute is None and tenant.limits.tokens_per_day is None:
+            return
         usage = self._usage(tenant, now)
         if usage.tokens is not None:
             usage.tokens.take(num_tokens, now)

@@ -37,6 +37,13 @@ class TokenOrder:
         """The first token is out."""
         return self._next_index > self._first_index
 
+    def take_next(self, index: int) -> bool:
+        """``push`` of one token that ends nothing, where it is the next and nothing waits for it. Else False."""
+        if index != self._next_index or self._waiting or self._ended:
+            return False
+        self._next_index += 1
+        return True
+
     def push(self, delta: TokenDelta) -> list[TokenDelta]:
         """Takes in one delta and returns those whose turn has come."""
         if not delta.tokens and delta.finish_reason is None:

@@ -15,7 +15,7 @@ from baton.api.prefill.v1 import prefill_pb2
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.fetch import FETCH_FAILED, FetchPlan, FetchPolicy
 from baton.services.core.ladder import Ladder
-from baton.services.core.ladder_steps import Attempt, Command, Emit, End, LadderLimits, PartOutput, Release, Start, Wish
+from baton.services.core.ladder_steps import Attempt, Command, Emit, End, LadderLimits, Release, Start, Wish
 from baton.services.core.lifecycle import Instant
 from baton.services.core.links import OTHER_TRANSPORT, LinkMatrix, PairKey, blames_link
 from baton.services.core.prefix_index import PrefixIndex
@@ -24,6 +24,8 @@ from baton.services.core.router import Placement, RoutedRequest, RoutingDecision
 from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.layouts import block_bytes
+from baton.services.gateway.mailbox import Mailbox
+from baton.services.gateway.outputs import part_output, plain_token
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.worker_link import Arrival, WorkerLink
@@ -41,7 +43,7 @@ class _Run:
     ladder: Ladder
     deadline_s: float | None
     block_names: list[bytes] = field(default_factory=list)
-    arrivals: asyncio.Queue[Arrival | None] = field(default_factory=asyncio.Queue)  # None: it may be time
+    arrivals: Mailbox[Arrival | None] = field(default_factory=Mailbox)  # None: it may be time
     links: dict[tuple[int, str], WorkerLink] = field(default_factory=dict)  # by attempt and incarnation, until released
     sent_s: float = 0.0  # the attempt under way
     fetching: PairKey | None = None  # the holder of blocks that are fetched, and who needs them, while that is going on
@@ -164,11 +166,19 @@ class WorkerDispatcher:
         return self._do(run, commands)
 
     def _on_arrival(self, run: _Run, arrival: Arrival) -> list[TokenDelta]:
-        ladder, incarnation, now_s = run.ladder, arrival.link.incarnation, self._clock()
+        ladder, incarnation = run.ladder, arrival.link.incarnation
+        token = None if arrival.output is None else plain_token(arrival.output)
+        if token is not None and ladder.take_next(
+            arrival.attempt, incarnation, token.first_index, token.tokens[0].token_id
+        ):
+            run.record.completion_tokens += 1
+            told = run.told_cached_tokens == run.record.cached_tokens
+            return [token if told else self._with_cached_tokens(run, token)]
+        now_s = self._clock()
         if arrival.failure is not None:
             return self._do(run, ladder.on_lost(arrival.attempt, incarnation, arrival.failure, now_s))
         assert arrival.output is not None
-        output = _part_output(arrival.output)
+        output = part_output(arrival.output)
         if (arrival.attempt, incarnation) in run.links:
             self._note(run, arrival.output)
             if (pair := _pair(ladder.attempts[-1])) is not None and blames_link(output.error):
@@ -378,22 +388,6 @@ def _left_s(record: GenerationRecord, now_s: float) -> float | None:
     """Of the time to the first token that was promised."""
     target_s, received_s = _seconds(record.slo_ttft_ms), record.trace.at(Instant.RECEIVED)
     return target_s if target_s is None or received_s is None else max(0.0, target_s - (now_s - received_s))
-
-
-def _part_output(output: pb.RequestOutput) -> PartOutput:
-    """What a worker said, in the ladder's words."""
-    if output.finish_reason == pb.FINISH_REASON_ERROR:
-        return PartOutput(error=convert.error_from_wire(output.error))
-    prompt = tuple(convert.logprobs_from_wire(token) for token in output.prompt_tokens)
-    delta = TokenDelta(
-        first_index=output.first_index,
-        tokens=tuple(convert.token_from_wire(token) for token in output.tokens),
-        finish_reason=convert.finish_reason_from_wire(output.finish_reason),
-        stop_token_id=output.stop_token_id if output.HasField("stop_token_id") else None,
-        cached_tokens=output.prefill.cached_tokens if output.HasField("prefill") else None,
-        prompt_logprobs=prompt or None,
-    )
-    return PartOutput(delta, handed_over=output.handed_over)
 
 
 def _outcome(request: GenerationRequest, outcome: str) -> str:

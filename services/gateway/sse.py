@@ -13,11 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.gateway.errors import public_error
+from baton.services.gateway.gathering import BeforeWaiting
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keep-alive\n\n"
+# More than that leaves although there is more: a client that is behind should not have it all in our memory twice.
+_MOST_GATHERED = 16 << 10
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -151,18 +154,34 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _send_events(self, send: Send) -> None:
+        """Events that are there at once leave in one write: a write costs more than the event."""
+        gathered: list[bytes] = []
+        num_bytes = 0
+
+        async def flush() -> None:
+            nonlocal num_bytes
+            if gathered:
+                data = b"".join(gathered)
+                gathered.clear()
+                num_bytes = 0
+                await self._send(send, data)
+
         upcoming: Awaitable[bytes | None] = self._first
         while True:
             try:
-                chunk = await upcoming
+                chunk = await BeforeWaiting(upcoming, flush)
             except Exception as error:
-                await self._send(send, self._form.error(error))
+                gathered.append(self._form.error(error))
                 break
             if chunk is None:
                 break
-            await self._send(send, chunk)
+            gathered.append(chunk)
+            num_bytes += len(chunk)
+            if num_bytes >= _MOST_GATHERED:
+                await flush()
             upcoming = anext(self._events, None)
-        await self._send(send, self._form.end, more_body=False)
+        gathered.append(self._form.end)
+        await self._send(send, b"".join(gathered), more_body=False)
 
     async def _send(self, send: Send, data: bytes, more_body: bool = True) -> None:
         self._sent_s = asyncio.get_running_loop().time()

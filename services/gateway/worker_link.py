@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 import structlog
@@ -16,6 +16,7 @@ from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
 from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role
+from baton.services.gateway.mailbox import Bell, Mailbox
 from baton.services.runtime.grpc import CONTROL_TIMEOUT_S, create_channel
 from baton.services.runtime.silence import HEARTBEAT_METADATA, HEARTBEAT_S, Silence
 
@@ -24,8 +25,7 @@ log = structlog.get_logger(__name__)
 Key: TypeAlias = tuple[str, int]  # request id, attempt
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """What a worker said about one request: an output, or the failure that ended its part."""
 
     link: WorkerLink
@@ -36,7 +36,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class _Open:
-    arrivals: asyncio.Queue[Arrival | None]
+    arrivals: Mailbox[Arrival | None]
     num_tokens: int  # of its prompt, to be computed there
     tpot_target_s: float | None = None
 
@@ -62,6 +62,7 @@ class WorkerLink:
     num_inflight_tokens: int = 0
     """Prompt tokens of this gateway's requests that are to be computed there, those that the last report knows of included."""
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    _bell: Bell = field(default_factory=Bell)
 
     @property
     def identity(self) -> pb.WorkerIdentity:
@@ -124,6 +125,7 @@ class WorkerLink:
             silence.heard()
             for output in response.step.outputs:
                 self._deliver(output)
+            self._bell.ring()
 
     async def _watch(self, silence: Silence) -> None:
         await silence.until()
@@ -137,7 +139,7 @@ class WorkerLink:
     def start(
         self,
         request: decode_pb2.Start | prefill_pb2.Start,
-        arrivals: asyncio.Queue[Arrival | None],
+        arrivals: Mailbox[Arrival | None],
         tpot_target_s: float | None = None,
     ) -> None:
         """Sends a request to the worker; what it says about it goes to ``arrivals`` until ``release``."""
@@ -201,7 +203,8 @@ class WorkerLink:
                 self.num_inflight_tokens -= request.num_tokens
                 request.num_tokens = 0
                 self.on_load()
-            request.arrivals.put_nowait(Arrival(self, output.attempt, output=output))
+            request.arrivals.leave(Arrival(self, output.attempt, output))
+            self._bell.add(request.arrivals)
         else:
             self.on_fenced()
 

@@ -304,3 +304,29 @@ def test_nothing_is_done_for_a_request_that_has_ended() -> None:
     world.look()
     assert world.ladder.on_time(world.now) == []
     assert not any(isinstance(command, Start) for command in world.commands[2:])
+
+
+def test_the_next_token_in_the_middle_is_taken_without_ceremony_and_nothing_else_is() -> None:
+    world = make(max_tokens=5)
+    prefill, decode = world.choose()
+    assert prefill is not None
+    ladder = world.ladder
+    assert not ladder.take_next(1, decode, 0, 10), "the first one is no ordinary token"
+    world.say(decode, PartOutput(tokens(1, 11)))
+    assert not ladder.take_next(1, decode, 2, 12), "one before it is missing"
+    world.say(prefill, PartOutput(tokens(0, 10)))
+    for attempt, incarnation, index in (
+        (2, decode, 2),
+        (1, prefill, 2),
+        (1, "nobody", 2),
+        (1, decode, 1),
+        (1, decode, 3),
+    ):
+        assert not ladder.take_next(attempt, incarnation, index, 12)
+    assert ladder.take_next(1, decode, 2, 12)
+    assert ladder.token_ids == [10, 11, 12]
+    world.emitted.append(12)
+    world.say(decode, PartOutput(tokens(3, 13)))
+    assert ladder.take_next(1, decode, 4, 14)
+    assert not ladder.take_next(1, decode, 5, 15), "more than was asked for is a failure"
+    assert ladder.token_ids == [10, 11, 12, 13, 14]

@@ -15,6 +15,7 @@ from baton.api.decode.v1 import decode_pb2
 from baton.services.core.errors import ErrorCode
 from baton.services.core.router import Role
 from baton.services.gateway import worker_link
+from baton.services.gateway.mailbox import Mailbox
 from baton.services.gateway.worker_link import Arrival, WorkerLink
 from baton.services.runtime.net import free_port
 
@@ -27,8 +28,8 @@ def make_link(worker: ScriptedWorker, incarnation: str | None = None) -> WorkerL
     )
 
 
-def start(link: WorkerLink, request_id: str) -> asyncio.Queue[Arrival]:
-    arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+def start(link: WorkerLink, request_id: str) -> Mailbox[Arrival | None]:
+    arrivals: Mailbox[Arrival | None] = Mailbox()
     spec = pb.GenerationSpec(request_id=request_id, attempt=1, token_ids=[1, 2, 3], num_prompt_tokens=3)
     link.start(decode_pb2.Start(spec=spec), arrivals)
     return arrivals
