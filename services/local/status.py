@@ -102,45 +102,33 @@ def to_json(sample: Sample) -> dict[str, Any]:
 
 def render(sample: Sample, before: Sample | None) -> RenderableType:
     """Everything; with rates where there is an earlier sample."""
-    parts: list[RenderableType] = [Text("\n".join(_head(sample, before))), workers_table(sample.workers)]
+    parts: list[RenderableType] = [Text("\n".join(_head(sample, before))), Text(), workers_table(sample.workers)]
     links = [(worker["id"], link) for worker in sample.workers for link in worker.get("links") or ()]
     if links:
-        parts.append(links_table(links))
+        parts += [Text(), links_table(links)]
     classes = sorted(sample.by("baton_slo_met_total", "class") | sample.by("baton_slo_missed_total", "class"))
     if classes:
-        parts.append(slo_table(sample, classes))
+        parts += [Text(), slo_table(sample, classes)]
     return Group(*parts)
 
 
 def workers_table(workers: Sequence[dict[str, Any]]) -> Table:
-    """One row per worker, its KV blocks by state."""
-    table = Table()
-    for heading in ("worker", "role", "state", "address", "pid"):
-        table.add_column(heading)
-    for heading in ("queued", "running", "KV blocks", *_BLOCK_STATES, "overdue"):
-        table.add_column(heading, justify="right")
+    """One row per worker, of its KV blocks those states that there are: it fits a terminal of 80 columns.
+
+    Addresses and process ids are in the JSON.
+    """
+    table = _table("worker", "role", "state", "queued:", "running:", "KV blocks", "overdue:")
     for worker in workers:
         blocks = worker["kv_blocks"]
-        numbers = (
-            worker["queued"],
-            worker["running"],
-            blocks["total"],
-            *(blocks[state] for state in _BLOCK_STATES),
-            worker["overdue"],
-        )
-        names = (worker["id"], worker["role"], worker["state"], worker["address"], worker["pid"])
-        table.add_row(*(str(name) for name in names), *(f"{number:,}" for number in numbers))
+        states = ", ".join(f"{blocks[state]:,} {state}" for state in _BLOCK_STATES if blocks[state])
+        names = (str(worker[key]) for key in ("id", "role", "state"))
+        table.add_row(*names, f"{worker['queued']:,}", f"{worker['running']:,}", states, f"{worker['overdue']:,}")
     return table
 
 
 def links_table(links: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
     """One row per pair of workers that hand blocks over."""
-    table = Table()
-    for heading in ("prefill", "decode", "link", "transport"):
-        table.add_column(heading)
-    for heading in ("rtt, ms", "GB/s", "transfers", "failures"):
-        table.add_column(heading, justify="right")
-    table.add_column("why")
+    table = _table("prefill", "decode", "link", "by", "rtt, ms:", "GB/s:", "done:", "failed:", "why")
     for prefill, link in links:
         is_closed = link["breaker"] == "closed"
         state = str(link["state"]) + ("" if is_closed else f", breaker {link['breaker']}")
@@ -152,17 +140,22 @@ def links_table(links: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
 
 def slo_table(sample: Sample, classes: Sequence[str]) -> Table:
     """Requests within and outside their service level, since the gateway started."""
-    table = Table()
-    table.add_column("class")
     reasons = sorted(sample.by("baton_slo_missed_total", "reason"))
-    for heading in ("SLO met", "missed", *(f"by {reason}" for reason in reasons), "met, %"):
-        table.add_column(heading, justify="right")
+    table = _table("class", "SLO met:", "missed:", *(f"by {reason}:" for reason in reasons), "met, %:")
     for name in classes:
         met = sample.total("baton_slo_met_total", **{"class": name})
         missed = sample.total("baton_slo_missed_total", **{"class": name})
         by = [sample.total("baton_slo_missed_total", **{"class": name, "reason": reason}) for reason in reasons]
         share = f"{100 * met / (met + missed):.1f}" if met + missed else "-"
         table.add_row(name, f"{met:,.0f}", f"{missed:,.0f}", *(f"{count:,.0f}" for count in by), share)
+    return table
+
+
+def _table(*headings: str) -> Table:
+    """Without lines, for narrow terminals. A heading with a colon is that of numbers."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading.removesuffix(":"), justify="right" if heading.endswith(":") else "left")
     return table
 
 
