@@ -9,6 +9,7 @@ from dataclasses import dataclass
 # Until a worker has reported a measurement. Only the ratios matter for a choice, and its first requests replace them.
 DEFAULT_PREFILL_S_PER_TOKEN = 200e-6
 DEFAULT_DECODE_STEP_S = 10e-3
+_LEAST_GROWTH = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,13 @@ class WorkerCost:
         return self.decode_step_s if self.decode is None else self.decode.step_s(batch)
 
     def growth_s(self, batch: int, max_batch: int) -> float:
-        """How much longer a step takes with so many sequences. Until that is known: in a full batch, twice as long."""
-        if self.decode is not None:
-            return self.decode.per_sequence_s * batch
-        return self.decode_step_s * batch / max_batch
+        """How much longer a step takes with so many sequences. Until that is known: in a full batch, twice as long.
+
+        What was learned from a few noisy steps may say that a batch costs nothing. It does, so a quarter of that at least:
+        or a worker whose link is quicker by a hair would get everything again.
+        """
+        unknown_s = self.decode_step_s * batch / max_batch
+        return unknown_s if self.decode is None else max(self.decode.per_sequence_s * batch, _LEAST_GROWTH * unknown_s)
 
 
 def interpolate(curve: Sequence[tuple[int, float]], x: float) -> float:

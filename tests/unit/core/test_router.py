@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from baton.kvtransfer.versions import VersionRange
-from baton.services.core.cost_model import LinkCost, WorkerCost, visible_transfer_s
+from baton.services.core.cost_model import DecodeCost, LinkCost, WorkerCost, visible_transfer_s
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.links import LinkMatrix, PairKey, ProbeResult
 from baton.services.core.router import Mode, Placement, Role, RoutedRequest, WorkerView, route
@@ -59,17 +59,25 @@ def test_a_full_decoder_is_avoided() -> None:
     assert route(request(), [P0, out_of_blocks, D1]).chosen.decode == D1
 
 
-def test_a_link_that_is_quicker_by_a_hair_does_not_get_every_stream() -> None:
+@pytest.mark.parametrize(
+    ("learned", "most_apart"),
+    [(None, 2), (DecodeCost(0.01, 0.0), 8)],
+    ids=["nothing was learned", "that a batch costs nothing was learned"],
+)
+def test_a_link_that_is_quicker_by_a_hair_does_not_get_every_stream(
+    learned: DecodeCost | None, most_apart: int
+) -> None:
     links = LinkMatrix()
-    for decoder, rtt_ms in ((D0, 0.5), (D1, 3.0)):
+    decoders = [dataclasses.replace(decoder, cost=WorkerCost(decode=learned)) for decoder in (D0, D1)]
+    for decoder, rtt_ms in zip(decoders, (0.5, 3.0), strict=True):
         measured = ProbeResult("tcp", is_verified=True, rtt_ms=rtt_ms, gb_per_s=1.0)
         links.on_probe(PairKey(P0.incarnation, decoder.incarnation), measured, now=0.0)
-    assert route(request(), [P0, D0, D1], links=links).chosen.decode == D0
+    assert route(request(), [P0, *decoders], links=links).chosen.decode == decoders[0]
     running = {D0.worker_id: 0, D1.worker_id: 0}
-    for _ in range(16):
-        workers = [dataclasses.replace(decoder, running=running[decoder.worker_id]) for decoder in (D0, D1)]
+    for _ in range(32):
+        workers = [dataclasses.replace(decoder, running=running[decoder.worker_id]) for decoder in decoders]
         running[route(request(), [P0, *workers], links=links).chosen.decode.worker_id] += 1
-    assert max(running.values()) - min(running.values()) <= 2, running
+    assert max(running.values()) - min(running.values()) <= most_apart, running
 
 
 def test_a_pair_that_failed_together_is_avoided_and_its_workers_are_not() -> None:
