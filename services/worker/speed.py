@@ -10,6 +10,8 @@ from baton.services.engine.engine import Engine
 # A prompt that took so long to warm up with tells the cost of a token well enough, unless it is as short as the first one.
 _LONG_ENOUGH_S = 0.05
 _TOO_LONG_S = 2.0
+# Of a step with prompts, what they take at least, whatever is known of the rest.
+_LEAST_SHARE = 0.1
 _FIRST_PROMPT, _SECOND_PROMPT = 2, 32
 
 
@@ -35,8 +37,11 @@ class Speed:
         self.generation_tokens_total += num_sampled
         self.prompt_tokens_total += num_prompt_tokens
         self.know(num_prompt_tokens, num_generating)
-        if num_prompt_tokens > 4 * num_sampled:  # what the few decodes beside them took does not matter
-            self.prefill_s_per_token = _blend(self.prefill_s_per_token, step_s / num_prompt_tokens)
+        if num_prompt_tokens > 4 * num_sampled:
+            # A step has its floor: where prompts come in small chunks it is much of what they take.
+            others_s = self.decode_step_s if num_generating else min(self.decode_step_s, self.warm_step_s)
+            prompts_s = max(_LEAST_SHARE * step_s, step_s - others_s)
+            self.prefill_s_per_token = _blend(self.prefill_s_per_token, prompts_s / num_prompt_tokens)
         elif num_sampled and not num_prompt_tokens:
             self.decode_step_s = _blend(self.decode_step_s, step_s)
 

@@ -40,7 +40,7 @@ from baton.services.core.scheduler.finish import append_token, check_can_be_serv
 from baton.services.core.scheduler.growth import GrowthPromises
 from baton.services.core.scheduler.incoming import IncomingHandoffs, IncomingState
 from baton.services.core.scheduler.output_length import OutputLengthEstimator
-from baton.services.core.scheduler.pace import Pace, prompt_budget
+from baton.services.core.scheduler.pace import Handoffs, Pace, prompt_budget
 from baton.services.core.scheduler.progress import prefill_info, record_chunk
 from baton.services.core.scheduler.room import Room, RoomFinder
 from baton.services.core.scheduler.waiting import Patience, WaitingQueue, is_yielding, merged, rank, tokens_left
@@ -71,6 +71,7 @@ class DecodeScheduler:
         self._sequences: dict[str, Sequence] = {}  # everything that has not ended
         self._pace = pace or Pace()
         self._queue = WaitingQueue(self._pace, patience or Patience(), self._cost)  # prompts and reservations
+        self._handoffs = Handoffs()
         self._awaiting: dict[str, Sequence] = {}  # granted, their blocks still to arrive
         self._running: list[Sequence] = []  # most urgent first
         self._num_added = 0
@@ -110,6 +111,7 @@ class DecodeScheduler:
                     f"request {request.request_id} ends with its first token, so that there is nothing to hand over",
                 )
             self._incoming.open(sequence, now)
+            self._handoffs.on_announced(request.service.tpot_s, now)
         except BatonError:
             del self._sequences[request.request_id]
             self._queue.remove(request.request_id)
@@ -141,6 +143,7 @@ class DecodeScheduler:
                 ErrorCode.HANDOFF_FAILED,
                 f"request {request_id} was handed over although its first token ends it ({reason})",
             )
+        self._handoffs.on_begun(request.service.tpot_s, now)
         return request
 
     def abort_reservation(
@@ -192,8 +195,7 @@ class DecodeScheduler:
         return self._sequences[request_id].initial_names
 
     def room_for_moves(self) -> int:
-        """Blocks that may be taken to bring cached ones here: not those promised to what runs, nor those that the first in
-        the queue waits for."""
+        """Blocks that moves of cached ones may take: not those promised, nor those that the first in the queue waits for."""
         room = self._room.unpromised(self._running, self._awaiting.values())
         first = self._queue.first(self._now)
         return room - (0 if first is None else self._room.plan(first).num_taken)
@@ -217,7 +219,7 @@ class DecodeScheduler:
         expired = self._expire(now)
         yielded = self._make_way(now)
         decodes, preempted = self._schedule_decodes(now)
-        budget = prompt_budget(self.limits, self._pace, decodes, self.pool.block_size)
+        budget = prompt_budget(self.limits, self._pace, decodes, self.pool.block_size, self._handoffs, now)
 
         # What was just taken from one request is not for another, unless it was taken for that one.
         arrivals = [] if preempted else self._look_for_room(now).found
@@ -262,8 +264,7 @@ class DecodeScheduler:
     def _schedule_decodes(self, now: float) -> tuple[list[ScheduledRequest], list[Request]]:
         """One token for each request that has only that to compute, making room for it where it needs a block."""
         decodes: list[ScheduledRequest] = []
-        preempted: list[Request] = []
-        index = 0
+        preempted, index = list[Request](), 0
         while index < len(self._running):
             sequence = self._running[index]
             request = sequence.request

@@ -129,7 +129,7 @@ def test_without_room_for_growth_the_one_with_the_most_slack_gives_way() -> None
 
 @pytest.mark.parametrize(
     ("tpot_s", "num_prompt_tokens"),
-    [(None, 15), (0.1, 9), (0.05, 4), (0.001, 4), (10.0, 15)],
+    [(None, 15), (0.1, 5), (0.05, 4), (0.001, 4), (10.0, 15)],
     ids=["no target", "what fits", "a block at least", "a block also where it is hopeless", "all"],
 )
 def test_a_prompt_beside_streams_leaves_them_their_time(tpot_s: float | None, num_prompt_tokens: int) -> None:
