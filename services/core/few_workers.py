@@ -13,7 +13,7 @@ from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost
 from baton.services.core.fetch import FetchMode, FetchPlan, FetchPolicy
 from baton.services.core.fleet import Seat
 from baton.services.core.links import Link, LinkState, LinkView, PairKey, Standing
-from baton.services.core.pricing import blocks_wait_s, burden, num_missed
+from baton.services.core.pricing import beside_streams, blocks_wait_s, num_missed, stalls_s
 from baton.services.core.router import explain
 
 # More than any price: a way that meets its targets comes before one that does not.
@@ -107,8 +107,9 @@ def _candidate(way: _Way, request: RoutedRequest) -> Candidate:
     mode = Mode.LOCAL if decode.view.role is Role.DECODE else Mode.COLOCATED
     interference_s = decode.crowding_s + stall_s
     worth_s = decode.curiosity * prefill_s
+    queue_s = beside_streams(decode.view, decode.running, request.tpot_target_s)[0] * decode.queue_s
     return Candidate(
-        mode, decode.view, None, decode.queue_s, prefill_s, 0.0, tail[3], interference_s, plan, num_misses, worth_s
+        mode, decode.view, None, queue_s, prefill_s, 0.0, tail[3], interference_s, plan, num_misses, worth_s
     )
 
 
@@ -182,11 +183,13 @@ def _local(request: RoutedRequest, tails: Sequence[_Tail], fetches: _Fetches) ->
         load_s, order, decode, wait_s, _ = tail
         prefill_s, fetch = fetches.prefill_s(decode, math.inf)
         fetch_s = 0.0 if fetch is None else fetch[0]
-        stall_s, num_misses = prefill_s * decode.running, 0
-        if decode.view.tightest_tpot_s is not None:
-            stall_s, num_misses = burden(decode.view, decode.running, decode.queue_s, prefill_s)
+        stall_s, num_misses, queue_s = stalls_s(decode.view, decode.running, prefill_s), 0, decode.queue_s
+        if has_targets or decode.view.tightest_tpot_s is not None:
+            slowness, num_misses = beside_streams(decode.view, decode.running, request.tpot_target_s)
+            load_s += (slowness - 1.0) * queue_s
+            queue_s, prefill_s = slowness * queue_s, slowness * prefill_s
         if has_targets:
-            ttft_s = decode.queue_s + fetch_s + prefill_s + wait_s
+            ttft_s = queue_s + fetch_s + prefill_s + wait_s
             num_misses += num_missed(request, ttft_s, decode.view, decode.running)
         rank = load_s + fetch_s + prefill_s + stall_s - decode.curiosity * prefill_s + num_misses * _MISS_S
         ways.append((rank, order, None, tail, prefill_s, 0.0, stall_s, num_misses, fetch))

@@ -8,14 +8,15 @@ from baton.services.core.candidates import Candidate, Mode, Role, RoutedRequest,
 from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost, visible_transfer_s
 from baton.services.core.fetch import FetchPlan, plan_fetch
 from baton.services.core.links import LinkView, PairKey
+from baton.services.core.scheduler.pace import STEP_SHARE
 
 _STEPS_TO_A_SEAT = 100.0  # until a sequence ends and leaves its place, roughly
 # A short answer's length: how many steps of a fuller batch are set against a quicker way to the first token. At a full batch a
 # step is taken to last twice as long as that of an empty one.
 _STEPS_COMPARED = 32
-# Over which a stall is spread in a stream's time per token, and the part of a target that is planned to be used.
-_ANSWER_TOKENS, _MARGIN = 128, 0.9
-_SLACK_WEIGHT = 0.1  # of a second that a stream with time to spare waits
+# The least that a decode worker computes of a prompt in a step: a block, whatever its streams were promised.
+_LEAST_TOKENS = 16
+_SLACK_WEIGHT = 0.05  # of a second that a stream with time to spare waits
 
 
 def price_local(
@@ -24,9 +25,11 @@ def price_local(
     """The decode worker computes the prompt itself."""
     mode = Mode.COLOCATED if decoder.role is Role.COLOCATED else Mode.LOCAL
     fetch = fetch_plan(request, decoder, workers, links, now)
-    prefill_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id, fetch))
-    queue_s = backlog_s(decoder, decoder.queued_tokens)
-    stall_s, num_disturbed = burden(decoder, decoder.running, queue_s, prefill_s)
+    own_s = decoder.cost.prefill_s(request.num_uncached_tokens(decoder.worker_id, fetch))
+    slowness, num_disturbed = beside_streams(decoder, decoder.running, request.tpot_target_s)
+    prefill_s = slowness * own_s
+    queue_s = slowness * backlog_s(decoder, decoder.queued_tokens)
+    stall_s = stalls_s(decoder, decoder.running, own_s)
     candidate = Candidate(
         mode,
         decoder,
@@ -99,20 +102,32 @@ def fetch_plan(
     )
 
 
-def burden(decoder: WorkerView, running: int, queue_s: float, prefill_s: float) -> tuple[float, int]:
-    """What a prompt that is computed there costs the streams that run there, and whether one of them misses its target for it.
+def beside_streams(decoder: WorkerView, running: int, tpot_target_s: float | None) -> tuple[float, int]:
+    """How many times as long a prompt takes beside the streams of a worker, and how many of them miss their targets for it
+    all the same.
 
-    Every stream waits while it is computed. Where the strictest of them has time for that, the wait hardly counts: the time
-    is worth more to the request that has no token yet.
+    The worker makes no step longer than its strictest stream allows (``scheduler.pace``): what the streams leave of a step is
+    for prompts. A block of each step is computed even where nothing is left. A decode worker may be handed another stream at
+    any moment; that is taken to be as strict as the request itself, ``tpot_target_s``.
     """
-    stall_s = prefill_s * running
-    tightest_s = decoder.tightest_tpot_s
-    if not running or tightest_s is None:
-        return stall_s, 0
-    tpot_s = decoder.cost.step_s(running) + (queue_s + prefill_s) / _ANSWER_TOKENS
-    if tpot_s <= _MARGIN * tightest_s:
-        return _SLACK_WEIGHT * stall_s, 0
-    return stall_s, 1
+    tightest_s = decoder.tightest_tpot_s if running else None
+    if decoder.role is Role.DECODE and tpot_target_s is not None:
+        tightest_s = tpot_target_s if tightest_s is None else min(tightest_s, tpot_target_s)
+    if tightest_s is None:
+        return 1.0, 0
+    step_s, least_s = decoder.cost.decode_step_s, _LEAST_TOKENS * decoder.cost.prefill_s_per_token
+    longest_s = STEP_SHARE * tightest_s
+    room_s = max(longest_s - step_s, least_s)
+    if step_s + least_s <= longest_s:
+        return 1.0 + step_s / room_s, 0
+    # Where they miss it anyway there is little to spoil.
+    return 1.0 + step_s / room_s, max(1, running) if step_s <= tightest_s else 1
+
+
+def stalls_s(decoder: WorkerView, running: int, prefill_s: float) -> float:
+    """Time that a prompt takes from all streams that run there together. Where they have targets, which the worker keeps, it
+    hardly counts: it is worth more to the request that has no token yet."""
+    return prefill_s * running if decoder.tightest_tpot_s is None else _SLACK_WEIGHT * prefill_s * running
 
 
 def num_missed(request: RoutedRequest, ttft_s: float, decoder: WorkerView, running: int) -> int:

@@ -12,6 +12,7 @@ from baton.services.core.cost_model import DecodeCost
 from baton.services.core.errors import ConfigurationError
 from baton.services.core.lifecycle import Instant
 from baton.services.core.links import LinkMatrix
+from baton.services.core.pricing import beside_streams
 from baton.services.core.regret import Comparison, RegretBook
 from baton.services.core.router import WorkerView
 from baton.services.core.threshold import handover_threshold
@@ -42,7 +43,11 @@ class Experience:
         prefill_ms = trace.between_ms(Instant.PREFILL_START, Instant.PREFILL_END)
         if prefill_ms is not None and record.computed_tokens:
             pool = prefiller.role.value
-            self._costs.on_prefill(prefiller.incarnation, pool, record.computed_tokens, prefill_ms / 1e3, now)
+            prefill_s = prefill_ms / 1e3
+            if chosen.prefill is None:  # what the streams beside it took is priced by how many there are
+                tpot_target_s = None if record.slo_tpot_ms is None else record.slo_tpot_ms / 1e3
+                prefill_s /= beside_streams(chosen.decode, chosen.decode.running, tpot_target_s)[0]
+            self._costs.on_prefill(prefiller.incarnation, pool, record.computed_tokens, prefill_s, now)
         if record.tpot_ms is not None:
             decode = chosen.decode
             self._costs.on_decode(decode.incarnation, decode.role.value, decode.running + 1, record.tpot_ms / 1e3, now)

@@ -203,6 +203,33 @@ def test_a_neighbour_of_the_holder_gets_its_blocks_rather_than_wait_for_it() -> 
         assert (chosen.fetch.holder_id, chosen.fetch.num_blocks) == ("w0", 38)
 
 
+@settings(max_examples=60, deadline=None)
+@given(clusters(), st.sampled_from([Placement.LOCAL, Placement.AUTO]), st.data())
+def test_what_targets_change_is_priced_exactly_too(cluster: Cluster, placement: Placement, data: st.DataObject) -> None:
+    targets = st.sampled_from([None, 0.012, 0.02, 0.1, 1.0])
+    cluster.request = dataclasses.replace(
+        cluster.request, fetch=None, ttft_target_s=data.draw(targets), tpot_target_s=data.draw(targets)
+    )
+    cluster.workers = [
+        worker
+        if worker.role is Role.PREFILL
+        else dataclasses.replace(
+            worker, queued_tokens=data.draw(st.sampled_from([0, 300])), tightest_tpot_s=data.draw(targets)
+        )
+        for worker in cluster.workers
+    ]
+    names = NAMES[: -(-cluster.request.num_tokens // 16)]
+    quick = cluster.quick(placement).route(cluster.request, names, placement, cluster.links, 0.0).chosen
+    known = dataclasses.replace(cluster.request, cached_blocks=cluster.index.matches(names))
+    if quick.prefill is None:
+        exact = price_local(known, quick.decode, cluster.workers, cluster.links, 0.0)
+    else:
+        exact = price_remote(known, quick.prefill, quick.decode, cluster.workers, cluster.links, 0.0)
+    assert exact.num_misses == quick.num_misses
+    assert abs(exact.ttft_s - quick.ttft_s) < 1e-9
+    assert abs(exact.price_s - quick.price_s) < 1e-9
+
+
 @settings(max_examples=30, deadline=None)
 @given(clusters(), st.data())
 def test_workers_that_failed_a_request_are_not_among_the_few(cluster: Cluster, data: st.DataObject) -> None:
