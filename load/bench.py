@@ -54,6 +54,12 @@ def _overload() -> list[Row]:
     return bench_overload()
 
 
+def _goodput() -> list[Row]:
+    from baton.load.bench_goodput import bench_goodput
+
+    return bench_goodput()
+
+
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "transfer": _transfer,
     "engine": _engine,
@@ -62,6 +68,7 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "generator": _generator,
     "router": _router,
     "overload": _overload,
+    "goodput": _goodput,
 }
 
 
