@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,9 @@ from baton.services.gateway.options import Caller, ChatPrompt, GenerationOptions
 # Of the usual tokenizers and languages; what is seen replaces it.
 _CHARS_PER_TOKEN = 4.0
 _BLEND = 0.05
+# What a request costs besides its prompt, in tokens. Many short ones would make a token look dear otherwise, and a long prompt
+# among them like hours.
+_REQUEST_TOKENS = 32
 
 
 class Ticket:
@@ -51,15 +55,19 @@ class Admission:
         limits: AdmissionLimits | None = None,
         *,
         patience_s: float = 0.0,
+        max_prompt_tokens: Callable[[], float] = lambda: math.inf,
     ) -> None:
         """``others_tokens``: prompt tokens of other gateways that wait on workers, those of batch aside. ``patience_s``: to the
-        first token of a request that names neither class nor targets; what its class promises, if that is longer."""
+        first token of a request that names neither class nor targets; what its class promises, if that is longer.
+        ``max_prompt_tokens``: of a prompt, what is computed at most.
+        """
         self.clock = clock
         limits = limits or AdmissionLimits()
         self.control = AdmissionControl(limits)
         self._margin = limits.margin
         self._patience_s = patience_s
         self._others_tokens = others_tokens
+        self._max_prompt_tokens = max_prompt_tokens
         self._turns: dict[Visit, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._chars_per_token = _CHARS_PER_TOKEN
@@ -142,10 +150,11 @@ class Admission:
         num_tokens = 0.0
         for prompt in options.prompts:
             if isinstance(prompt, TokenPrompt):
-                num_tokens += len(prompt.token_ids)
+                size: float = len(prompt.token_ids)
             else:
-                num_tokens += _num_chars(prompt) / self._chars_per_token
-        return max(1, round(num_tokens))
+                size = _num_chars(prompt) / self._chars_per_token
+            num_tokens += min(size, self._max_prompt_tokens())  # a longer one is refused when it has been tokenised
+        return _REQUEST_TOKENS + round(num_tokens)
 
 
 def _num_chars(prompt: Prompt) -> int:

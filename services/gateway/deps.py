@@ -66,7 +66,12 @@ class GatewayDeps:
 
     def __post_init__(self) -> None:
         self.door = Door(self.limits.max_concurrent_requests)
-        self.admission = Admission(self.clock, self.others_tokens, patience_s=self.limits.patience_s)
+        self.admission = Admission(
+            self.clock,
+            self.others_tokens,
+            patience_s=self.limits.patience_s,
+            max_prompt_tokens=lambda: self.model.max_model_len,
+        )
         self.grammars = GrammarChecker(self._grammar_settings)
         template = self.tokenizer.chat_template
         self.tool_format = find_format(self.tool_parser, template)

@@ -12,7 +12,7 @@ import pytest
 from helpers.gateway_api import Gateway, chat_body, completion_body, make_gateway
 from helpers.waiting import eventually
 
-from baton.services.core.admission import Visit
+from baton.services.core.admission import AdmissionControl, Visit
 from baton.services.core.errors import ErrorCode
 from baton.services.core.slo import SloClass
 from baton.services.gateway.limits import Limits
@@ -131,3 +131,23 @@ async def test_a_request_whose_time_is_over_while_it_waits_ends(gateway: Gateway
             response = await client.post(CHAT, json=chat_body(slo={"class": "batch"}))
             assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert gateway.deps.admission.control.num_waiting == 0
+
+
+async def test_a_prompt_that_is_far_too_long_counts_as_what_would_be_computed_of_it(
+    client: httpx.AsyncClient, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever comes while it is tokenised would be told to come back in an hour."""
+    limit = gateway.deps.model.max_model_len
+    seen: list[int] = []
+    arrive = AdmissionControl.arrive
+
+    def note(control: AdmissionControl, visit: Visit, now: float, *, others_tokens: int = 0) -> bool:
+        seen.append(visit.num_tokens)
+        return arrive(control, visit, now, others_tokens=others_tokens)
+
+    monkeypatch.setattr(AdmissionControl, "arrive", note)
+    for prompt in ("word " * 100_000, [1, 2, 3]):
+        await client.post("/v1/completions", json=completion_body(prompt=prompt))
+    too_long, short = seen
+    assert limit <= too_long <= 2 * limit
+    assert short < limit
