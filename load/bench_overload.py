@@ -23,6 +23,8 @@ INPUT_LEN, OUTPUT_LEN = 256, 64
 FIRST_RATE, GROWTH = 2.0, 1.5
 SEARCH_S, OVERLOAD_S, OVERLOAD = 15, 60, 3.0
 MAX_REFUSAL_MS = 50.0
+# Of each worker. Its pages come into being when they are first written: a pool that the search fills grows no more.
+POOL = "256MiB"
 MIN_GOODPUT_SHARE = 0.9
 # Fewer good ones than this share of the best so far: the peak lies behind.
 _PAST_PEAK = 0.8
@@ -32,7 +34,7 @@ def bench_overload() -> list[Row]:
     """Rows with their limits: the goodput's is a least one, the others are most."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve("--log-level", "warning", log=Path(folder) / "serve.log") as url,
+        serve("--log-level", "warning", "--kv-cache-memory", POOL, log=Path(folder) / "serve.log") as url,
     ):
         _load(url, FIRST_RATE, SEARCH_S, Path(folder))  # so that nothing is the first of its kind
         capacity, peak = _find_peak(url, Path(folder))
@@ -89,20 +91,18 @@ def _load(url: str, rate: float, duration_s: int, folder: Path) -> tuple[dict[st
 
 
 def _memory_mb(url: str) -> float:
-    """Resident memory of the workers and the gateway: the children of whoever started the workers."""
+    """Memory of the workers and the gateway: the children of whoever started the workers. What several of them have mapped
+    (a peer reads a worker's pool) counts once."""
     pids = [int(worker["pid"]) for worker in get_json(f"{url}/v1/workers")["data"]]
-    parent = _status(pids[0])["PPid"]
-    family = [
-        status
-        for path in Path("/proc").iterdir()
-        if path.name.isdecimal() and (status := _status(int(path.name))).get("PPid") == parent
-    ]
-    return sum(int(status["VmRSS"].split()[0]) for status in family if "VmRSS" in status) / 1e3
+    parent = _fields(pids[0], "status")["PPid"]
+    family = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    family = [pid for pid in family if _fields(pid, "status").get("PPid") == parent]
+    return sum(int(_fields(pid, "smaps_rollup").get("Pss", "0").split()[0]) for pid in family) / 1e3
 
 
-def _status(pid: int) -> dict[str, str]:
+def _fields(pid: int, name: str) -> dict[str, str]:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
     except OSError:  # it has ended
         return {}
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
