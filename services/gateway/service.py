@@ -55,8 +55,8 @@ from baton.services.runtime.subjects import Subjects
 
 log = structlog.get_logger(__name__)
 
-# What is no fault of the request: it counts as one that missed its SLO.
 _LOOK_EVERY_S = 0.2  # for a pair, while there has been none
+# What is no fault of the request: it counts as one that missed its SLO.
 _REFUSED = frozenset(
     {
         *(ErrorCode.OVERLOADED, ErrorCode.DRAINING, ErrorCode.NO_WORKERS),
