@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
+from helpers.waiting import eventually_sync
 
 START_TIMEOUT_S = 90.0
 
@@ -46,6 +47,14 @@ class Serving:
 
     def workers(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/workers").json()["data"])
+
+    def wait_for_workers(self, count: int) -> None:
+        """All of them are there and ready; the first pair is enough for ``/ready``."""
+
+        def all_ready() -> bool:
+            return [worker["state"] for worker in self.workers()] == ["ready"] * count
+
+        eventually_sync(all_ready, timeout_s=START_TIMEOUT_S, what=f"{count} workers")
 
     def held_blocks(self) -> dict[str, int]:
         """Everything that should be 0 once load has stopped, by worker and name."""

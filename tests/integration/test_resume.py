@@ -58,6 +58,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="module")
 def server(subject: Subject) -> Iterator[Serving]:
     with serving("--model", str(subject.path), *OPTIONS, "--prefill", "2", "--decode", "2") as running:
+        running.wait_for_workers(4)
         yield running
 
 

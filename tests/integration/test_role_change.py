@@ -21,6 +21,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 @pytest.fixture(scope="module")
 def server(subject: Subject) -> Iterator[Serving]:
     with serving("--model", str(subject.path), "--decode", "2", *OPTIONS) as running:
+        running.wait_for_workers(3)
         yield running
 
 
