@@ -77,6 +77,7 @@ async def _run(make_service: Callable[[], Service], drain_timeout_s: float) -> i
         finally:
             _end_at_the_latest(status)
             await _stop(service)
+            gc.unfreeze()  # or libraries complain at the end of what was never freed
 
 
 def _rest_collector() -> None:

@@ -321,6 +321,7 @@ def test_sigterm_under_load_finishes_what_runs(subject: Subject) -> None:
         assert [answer.status_code for answer in answers] == [200] * 4
         assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {600}
         assert not psutil.wait_procs(tree, timeout=5)[1]
+    assert not [line for line in server.lines if "leaked" in line]  # by libraries, at the very end
 
 
 def test_seeded_sampling_is_the_same_in_both_topologies(server: Serving, subject: Subject) -> None:
