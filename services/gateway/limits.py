@@ -30,9 +30,8 @@ class Limits:
     max_schema_depth: int = 100
     max_tools: int = 128
     request_timeout_s: float | None = 600.0
-    patience_s: float = (
-        60.0  # to the first token of a request that asks for nothing in time; what would take longer is refused
-    )
+    # To the first token of a request that asks for nothing in time; what would take longer is refused.
+    patience_s: float = 60.0
     keepalive_s: float = 15.0  # a waiting stream gets a comment after so long, so that proxies keep it open
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from baton.services.core.scheduler.pace import prompts_s
 from baton.services.engine.engine import Engine
 
 # A prompt that took so long to warm up with tells the cost of a token well enough, unless it is as short as the first one.
 _LONG_ENOUGH_S = 0.05
 _TOO_LONG_S = 2.0
-# Of a step with prompts, what they take at least, whatever is known of the rest.
-_LEAST_SHARE = 0.1
 _FIRST_PROMPT, _SECOND_PROMPT = 2, 32
 
 
@@ -40,8 +39,8 @@ class Speed:
         if num_prompt_tokens > 4 * num_sampled:
             # A step has its floor: where prompts come in small chunks it is much of what they take.
             others_s = self.decode_step_s if num_generating else min(self.decode_step_s, self.warm_step_s)
-            prompts_s = max(_LEAST_SHARE * step_s, step_s - others_s)
-            self.prefill_s_per_token = _blend(self.prefill_s_per_token, prompts_s / num_prompt_tokens)
+            took_s = prompts_s(step_s, others_s) / num_prompt_tokens
+            self.prefill_s_per_token = _blend(self.prefill_s_per_token, took_s)
         elif num_sampled and not num_prompt_tokens:
             self.decode_step_s = _blend(self.decode_step_s, step_s)
 

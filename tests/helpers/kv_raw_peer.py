@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
+import grpc
+import grpc.aio
 import xxhash
 from helpers.kv_agents import COMPATIBILITY, FIRST_TOKEN, LAYOUT, Node
 
@@ -15,7 +18,7 @@ from baton.kvtransfer.errors import TransferCode
 from baton.kvtransfer.handshake import Handshake, HandshakeReply
 from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity, manifest_digest, pair_digest
 from baton.kvtransfer.mapping import host_id
-from baton.kvtransfer.service import KVTransferClient, open_local_channel
+from baton.kvtransfer.service import SERVICE_NAME, KVTransferClient, open_local_channel
 from baton.kvtransfer.transport import frames
 from baton.kvtransfer.transport.base import Offer
 from baton.kvtransfer.transport.frames import BlockEntry, FrameKind
@@ -134,3 +137,21 @@ async def raw_peer(node: Node, worker_id: str = "prefill-raw", incarnation: str 
         for connection in peer.connections:
             await connection.close()
         await peer.client.close()
+
+
+@asynccontextmanager
+async def scripted_receiver(
+    answer: Callable[[bytes, Any], Awaitable[bytes]], **client_options: float
+) -> AsyncIterator[KVTransferClient]:
+    """A peer whose every answer to a reservation is the test's own bytes, and a client that asks it."""
+    server = grpc.aio.server()
+    handlers = {"Reserve": grpc.unary_unary_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    client = KVTransferClient(open_local_channel(address), address, **({"timeout_s": 30.0} | client_options))
+    try:
+        yield client
+    finally:
+        await client.close()
+        await server.stop(None)

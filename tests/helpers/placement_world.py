@@ -39,7 +39,6 @@ class Machine:
     token_s: float = 330e-6
     stream_s: float = 0.6e-3
     transfer_s: float = 12e-3
-    noise: float = 0.0  # part of a step by which it may be longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,6 @@ class SimpleWorker:
     report: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)  # prompt tokens, requests, seconds a token, a step
     inflight_tokens: dict[str, int] = field(default_factory=dict)  # request -> prompt tokens that it computes there
     inflight: dict[str, float | None] = field(default_factory=dict)  # request -> its target of a token
-    busy_s: float = 0.0
 
 
 class PlacementWorld:
@@ -163,7 +161,7 @@ class PlacementWorld:
         decode = self._worker(chosen.decode.worker_id)
         prefill = decode if chosen.prefill is None else self._worker(chosen.prefill.worker_id)
         prefill.inflight_tokens[name] = ask.input_len
-        decode.inflight[name] = prefill.inflight[name] = None
+        prefill.inflight[name] = None
         decode.inflight[name] = ask.tpot_s
         due_s = None if ask.ttft_s is None else self.now + ask.ttft_s
         self._level[name] = ServiceLevel(SloClass.STANDARD, due_s, ask.tpot_s)
@@ -171,12 +169,16 @@ class PlacementWorld:
         self._wake(prefill)
 
     def _learn(self, name: str) -> None:
+        """As the gateway does it when a request is over."""
         story = self._stories[name]
-        chosen = story.chosen
+        ask, chosen = story.ask, story.chosen
         assert chosen is not None
-        assert story.first_s is not None
-        prefiller = chosen.prefill or chosen.decode
-        learn(self.costs, chosen, prefiller, story, self.now)
+        decode, prefiller, prefill_s = chosen.decode, chosen.prefill or chosen.decode, story.prefill_s
+        if chosen.prefill is None:
+            prefill_s /= beside_streams(decode, decode.running, ask.tpot_s)[0]
+        self.costs.on_prefill(prefiller.worker_id, prefiller.role.value, ask.input_len, prefill_s, self.now)
+        if ask.output_len > 1:
+            self.costs.on_decode(decode.worker_id, decode.role.value, decode.running + 1, story.tpot_s, self.now)
 
     def _report(self) -> None:
         for worker in self.workers:
@@ -213,10 +215,7 @@ class PlacementWorld:
         num_streams = len(output.scheduled) - len(prompts)
         machine = self.machine
         step_s = machine.step_s + num_prompt * machine.token_s + num_streams * machine.stream_s
-        if machine.noise:
-            step_s *= 1.0 + machine.noise * ((hash((worker.name, round(started_s, 6))) % 1000) / 1000) ** 4
         worker.is_stepping = True
-        worker.busy_s += step_s
         self._at(started_s + step_s, lambda: self._end_step(worker, output, step_s, num_prompt, num_streams))
 
     def _end_step(
@@ -266,14 +265,3 @@ class PlacementWorld:
             request = self._request(name, story.ask.output_len)
             names = NAMER.names(request.token_ids, BLOCK_SIZE)
             assert decode.scheduler.reserve(request, names, self.now) is not None
-
-
-def learn(costs: CostBook, chosen: Candidate, prefiller: WorkerView, story: Story, now: float) -> None:
-    """As the gateway does it when a request is over."""
-    prefill_s = story.prefill_s
-    if chosen.prefill is None:
-        prefill_s /= beside_streams(chosen.decode, chosen.decode.running, story.ask.tpot_s)[0]
-    costs.on_prefill(prefiller.worker_id, prefiller.role.value, story.ask.input_len, prefill_s, now)
-    if story.ask.output_len > 1:
-        decode = chosen.decode
-        costs.on_decode(decode.worker_id, decode.role.value, decode.running + 1, story.tpot_s, now)

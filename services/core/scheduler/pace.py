@@ -41,8 +41,8 @@ class Pace:
         elif num_prompt_tokens >= _MIN_PROMPT_TOKENS:
             # A step has its floor also where nobody generates: in small chunks it is much of what they take.
             others_s = self.step_s(num_decodes) if num_decodes else self._steps.at(0)
-            prompts_s = max(_LEAST_SHARE * step_s, step_s - others_s)
-            self.prefill_s_per_token = _blended(self.prefill_s_per_token, prompts_s / num_prompt_tokens)
+            took_s = prompts_s(step_s, others_s) / num_prompt_tokens
+            self.prefill_s_per_token = _blended(self.prefill_s_per_token, took_s)
 
     def step_s(self, num_decodes: int) -> float:
         """Seconds of a step in which so many generate and no prompt is computed."""
@@ -101,6 +101,11 @@ class Handoffs:
             return first
         self._have_passed = not self._have_passed
         return 0 if self._have_passed else budget
+
+
+def prompts_s(step_s: float, others_s: float) -> float:
+    """What the prompts took of a step whose rest takes ``others_s``."""
+    return max(_LEAST_SHARE * step_s, step_s - others_s)
 
 
 def prompt_budget(

@@ -57,6 +57,7 @@ def _run_many(seeds: Iterable[int], num_workers: int) -> int:
                 print(f"seed {outcome.seed}:", *outcome.problems[:4], sep="\n    ", flush=True)
             if num_seeds % PROGRESS_EVERY == 0:
                 print(f"... {num_seeds} seeds, violations in {len(failed)}", flush=True)
+    gc.unfreeze()  # or libraries complain at the end of what was never freed
     took_s = time.monotonic() - start_s
     for what, counts in totals.items():
         print(f"{what}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

@@ -12,14 +12,14 @@ import grpc.aio
 import pytest
 from helpers import kv_names as kv
 from helpers.kv_agents import FIRST_TOKEN, Node, Prompt, assert_arrived, open_handoff, options, running
-from helpers.kv_raw_peer import raw_peer
+from helpers.kv_raw_peer import raw_peer, scripted_receiver
 from helpers.waiting import eventually
 
 from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.reservations import OpenReservations
-from baton.kvtransfer.service import SERVICE_NAME, KVTransferClient, KVTransferServicer, open_local_channel
+from baton.kvtransfer.service import KVTransferServicer
 
 GRANT = m.Grant(kv.HANDOFF, kv.slots(0), 15.0, kv.TOKEN)
 RESERVE = m.Reserve(kv.HANDOFF, kv.names(1), 16, "tcp")
@@ -185,19 +185,12 @@ async def test_a_peer_that_is_still_looking_too_soon_is_not_asked_in_a_circle() 
         asked_s.append(asyncio.get_running_loop().time())
         return pb.ReserveResponse(waiting=pb.Waiting()).SerializeToString()
 
-    server = grpc.aio.server()
-    handlers = {"Reserve": grpc.unary_unary_rpc_method_handler(answer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    client = KVTransferClient(open_local_channel(address), address, timeout_s=30.0, reserve_answer_s=pace_s)
-    started_s = asyncio.get_running_loop().time()
-    asking = asyncio.ensure_future(client.reserve(RESERVE, 60.0, 2))
-    await eventually(lambda: len(asked_s) >= 4, timeout_s=30)
-    asking.cancel()
+    async with scripted_receiver(answer, reserve_answer_s=pace_s) as client:
+        started_s = asyncio.get_running_loop().time()
+        asking = asyncio.ensure_future(client.reserve(RESERVE, 60.0, 2))
+        await eventually(lambda: len(asked_s) >= 4, timeout_s=30)
+        asking.cancel()
     assert all(at_s - started_s > 0.99 * number * pace_s for number, at_s in enumerate(asked_s))
-    await client.close()
-    await server.stop(None)
 
 
 # By itself.

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from helpers import kv_names as kv
 from helpers.kv_agents import COMPATIBILITY, Node, options, running
-from helpers.kv_raw_peer import raw_peer
+from helpers.kv_raw_peer import raw_peer, scripted_receiver
 
 from baton.api.common.v1 import common_pb2
 from baton.api.kvtransfer.v1 import kvtransfer_pb2 as pb
@@ -20,7 +20,7 @@ from baton.kvtransfer import wire
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.handshake import Handshake, HandshakeReply
 from baton.kvtransfer.mapping import SharedMemory
-from baton.kvtransfer.service import SERVICE_NAME, KVTransferClient, open_local_channel
+from baton.kvtransfer.service import KVTransferClient, open_local_channel
 from baton.kvtransfer.transport.base import Offer
 
 TOKEN_WITH_LOGPROBS = m.FirstToken(5, -0.5, ((5, -0.5), (6, -1.5)))
@@ -224,18 +224,12 @@ async def test_a_nonsense_answer_is_the_peers_mistake(response: pb.ReserveRespon
     async def answer(request: bytes, context: Any) -> bytes:
         return response.SerializeToString()
 
-    server = grpc.aio.server()
-    handlers = {"Reserve": grpc.unary_unary_rpc_method_handler(answer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    client = KVTransferClient(open_local_channel(address), address, timeout_s=5.0)
-    with pytest.raises(RemoteProtocolError, match="answered nonsense"):
-        await client.reserve(RESERVE, 5.0)
-    await client.close()
-    with pytest.raises(TransferError, match="closed"):
-        await client.reserve(RESERVE, 5.0)
-    await server.stop(None)
+    async with scripted_receiver(answer, timeout_s=5.0) as client:
+        with pytest.raises(RemoteProtocolError, match="answered nonsense"):
+            await client.reserve(RESERVE, 5.0)
+        await client.close()
+        with pytest.raises(TransferError, match="closed"):
+            await client.reserve(RESERVE, 5.0)
 
 
 async def test_a_peer_that_is_not_there_is_lost_and_named() -> None:
@@ -255,19 +249,13 @@ async def test_a_call_that_is_open_when_the_channel_is_closed_fails_and_is_not_t
         await asyncio.Event().wait()
         return b""
 
-    server = grpc.aio.server()
-    handlers = {"Reserve": grpc.unary_unary_rpc_method_handler(answer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    client = KVTransferClient(open_local_channel(address), address, timeout_s=30.0)
-    asking = asyncio.ensure_future(client.reserve(RESERVE, 30.0))
-    await is_asked.wait()
-    await client.close()
-    with pytest.raises(TransferError, match="closed") as caught:
-        await asking
+    async with scripted_receiver(answer) as client:
+        asking = asyncio.ensure_future(client.reserve(RESERVE, 30.0))
+        await is_asked.wait()
+        await client.close()
+        with pytest.raises(TransferError, match="closed") as caught:
+            await asking
     assert caught.value.code is TransferCode.PEER_LOST
-    await server.stop(None)
 
 
 async def test_draining_peers_say_so() -> None:
