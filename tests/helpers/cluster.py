@@ -144,7 +144,7 @@ class Cluster:
         def read(scheduler: Any) -> dict[bytes, bytes]:
             ids = pool.lookup(names)
             return {
-                name: engine.kv_cache[block_id].contiguous().view(-1).view(_BYTE).numpy().tobytes()  # type: ignore[attr-defined]
+                name: engine.kv_cache[block_id].contiguous().view(-1).view(_BYTE).cpu().numpy().tobytes()  # type: ignore[attr-defined]
                 for name, block_id in zip(names, ids, strict=False)
             }
 

@@ -106,11 +106,14 @@ class Node:
         """Random bytes in every block."""
         rng = random.Random(seed)
         for block_id in range(self.memory.num_blocks):
-            data = rng.randbytes(self.memory.block_bytes)
-            if isinstance(self.memory, StagedBlockMemory):
-                _bytes_of(self.memory, block_id).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            else:
-                self.memory.rows.row(block_id)[:] = data
+            self.write(block_id, rng.randbytes(self.memory.block_bytes))
+
+    def write(self, block_id: int, data: bytes) -> None:
+        """As an engine would: into the cache, wherever it is."""
+        if isinstance(self.memory, StagedBlockMemory):
+            _bytes_of(self.memory, block_id).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        else:
+            self.memory.rows.row(block_id)[:] = data
 
     def block(self, block_id: int) -> bytes:
         if isinstance(self.memory, StagedBlockMemory):
@@ -125,10 +128,14 @@ def _bytes_of(memory: StagedBlockMemory, block_id: int) -> torch.Tensor:
     return memory._cache[block_id].view(-1).view(torch.uint8)
 
 
+def cache_device() -> str:
+    """Where a cache is that is not read and written in place: on the GPU, or without one in host memory like a GPU's."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def make_staged_memory(num_blocks: int, layout: KVLayout = LAYOUT) -> StagedBlockMemory:
-    """A cache on the GPU where there is one, else in host memory, and rows for all of it in both directions."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cache = torch.zeros((num_blocks, *layout.block_shape), dtype=getattr(torch, layout.dtype), device=device)
+    """A cache with rows for all of it in both directions."""
+    cache = torch.zeros((num_blocks, *layout.block_shape), dtype=getattr(torch, layout.dtype), device=cache_device())
     return StagedBlockMemory(cache, 2 * num_blocks)
 
 
@@ -165,7 +172,7 @@ async def running(
     )
     host = Host(memory.num_blocks)
     agent_options.setdefault("options", options())
-    open_runtime = HostCuda if is_on_device and not torch.cuda.is_available() else cuda_runtime.open_runtime
+    open_runtime = HostCuda if is_on_device and cache_device() == "cpu" else cuda_runtime.open_runtime
     with patch.object(cuda_runtime, "open_runtime", open_runtime):
         agent = TransferAgent(WorkerIdentity(worker_id, incarnation), compatibility, memory, host, **agent_options)
     server = create_server()

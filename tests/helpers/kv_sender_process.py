@@ -21,7 +21,7 @@ async def main() -> None:
     worker_id, incarnation, address = json.loads(sys.stdin.readline())
     async with running("prefill-0", transports=transport, options=options(heartbeat_s=0.1)) as node:
         for row in range(node.memory.num_blocks):
-            node.memory.rows.row(row)[:] = random.Random(row).randbytes(LAYOUT.block_bytes)
+            node.write(row, random.Random(row).randbytes(LAYOUT.block_bytes))
         while line := await asyncio.to_thread(sys.stdin.readline):
             what, request_id, *blocks = line.split()
             block_ids = [int(block) for block in blocks]

@@ -20,7 +20,7 @@ NUM_OUTPUT_TOKENS = 24
 
 @dataclass(frozen=True)
 class Subject:
-    """Shared by all tests of a session: nobody changes it."""
+    """Shared by all tests of a session: nobody changes it. The engine's is on the GPU where there is one."""
 
     family: str
     path: Path
@@ -36,7 +36,7 @@ def make_subject(family: str, path: Path, **overrides: Any) -> Subject:
 
     make_model_dir(family, path, **overrides)
     reference = getattr(transformers, FAMILIES[family][1]).from_pretrained(path, dtype=torch.float32).eval()
-    return Subject(family, path, load_model(path, dtype="float32", device="cpu"), reference)
+    return Subject(family, path, load_model(path, dtype="float32", device="auto"), reference)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.cluster import Cluster, Generated, run_cluster
 from helpers.oracle import Subject, expected_tokens, make_prompt
 from helpers.tiny_models import FAMILIES
@@ -15,7 +16,13 @@ from baton.services.core.request import FinishReason
 PROMPT_LENGTHS = (1, 15, 16, 17, 130, 700)
 # 16 at once: all lengths, most of them more than once.
 CONCURRENT = tuple(make_prompt(length, seed) for seed, length in enumerate((*PROMPT_LENGTHS[:5] * 3, 700), start=1))
-MODES = {"colocated": ("colocated", "auto"), "shm": ("disaggregated", "shm"), "tcp": ("disaggregated", "tcp")}
+MODES = {
+    "colocated": ("colocated", "auto"),
+    "shm": ("disaggregated", "shm"),
+    "tcp": ("disaggregated", "tcp"),
+    # On a GPU all modes compute there; between two caches of it blocks can go without the host.
+    **({"cuda_ipc": ("disaggregated", "cuda_ipc")} if torch.cuda.is_available() else {}),
+}
 
 
 def check(generated: Generated, subject: Subject, prompt: tuple[int, ...], *, is_cached: bool) -> None:

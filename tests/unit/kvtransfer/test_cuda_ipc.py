@@ -3,6 +3,9 @@ there is one, else on host memory in its place."""
 
 from __future__ import annotations
 
+import gc
+import random
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,8 +24,11 @@ from helpers.kv_agents import (
     running,
     two_nodes,
 )
+from helpers.kv_processes import ask, sender_process
+from helpers.waiting import eventually
 
 from baton.kvtransfer.errors import TransferCode, TransferError
+from baton.kvtransfer.identity import HandoffKey
 from baton.kvtransfer.mapping import host_id
 from baton.kvtransfer.memory import HostBlockMemory
 from baton.kvtransfer.transport import registry
@@ -36,6 +42,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.fixture
 def on_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helpers.kv_agents.cache_device", lambda: "cpu")
     monkeypatch.setattr("baton.kvtransfer.transport.cuda_runtime.open_runtime", HostCuda)
 
 
@@ -45,12 +52,37 @@ def transport_of(node: Node) -> Any:
 
 @needs_gpu
 async def test_blocks_of_a_gpu_arrive_in_another_cache_of_it() -> None:
-    """In two agents of one process, so without opening a handle: no test here has two processes with a GPU each."""
+    """In two agents of one process, so without opening a handle."""
     async with two_nodes("cuda_ipc", options=options(canary_bytes=1)) as (sender, receiver):
         assert sender.memory.device.type == "cuda"  # type: ignore[attr-defined]
         prompt = Prompt([3, 5, 7, 11])
         assert (await hand_over(sender, receiver, prompt)).transport == "cuda_ipc"
         assert_arrived(sender, receiver, prompt)
+
+
+@needs_gpu
+async def test_two_processes_share_a_gpu_and_a_killed_one_leaves_nothing() -> None:
+    quick = options(limits={"lease_s": 0.5}, canary_bytes=1)
+    async with (
+        running("decode-0", transports="cuda_ipc", options=quick) as node,
+        sender_process(node, "cuda_ipc") as process,
+    ):
+        assert await ask(process, node, "whole", "first", 3, 1, 7) == "cuda_ipc 3"
+        for slot in node.host.slots[HandoffKey("first", 1)]:
+            assert node.block(slot.block_id) == random.Random((3, 1, 7)[slot.index]).randbytes(LAYOUT.block_bytes)
+        assert await ask(process, node, "half", "second", 4, 5) == "pushing"
+        await eventually(lambda: node.agent.stats().bytes_received["cuda_ipc"] == 4 * LAYOUT.block_bytes)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+        released = [(HandoffKey("second", 1), TransferCode.EXPIRED, True)]
+        await eventually(lambda: node.host.releases == released, what="the lease to run out")
+        assert node.agent.stats().num_receiving == 0
+        await eventually(lambda: not opened_memory(), what="the dead process's memory to be let go")
+
+
+def opened_memory() -> list[Any]:
+    """What is open here of other processes' device memory."""
+    return [pair for pair in gc.get_objects() if isinstance(pair, _PeerRows) and pair.is_opened]
 
 
 def test_without_the_bindings_it_is_refused_with_the_command_that_installs_them(

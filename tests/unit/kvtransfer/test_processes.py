@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import uvloop
-from helpers.kv_agents import LAYOUT, Node, Prompt, assert_arrived, hand_over, options, running, two_nodes
+from helpers.kv_agents import LAYOUT, Prompt, assert_arrived, hand_over, options, running, two_nodes
+from helpers.kv_processes import ask, sender_process
 from helpers.waiting import eventually
 
 from baton.kvtransfer.errors import TransferCode
-from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
-
-HELPERS = Path(__file__).parents[2]
-SENDER = WorkerIdentity("prefill-0", "1" * 32)
-
-
-@asynccontextmanager
-async def sender_process(node: Node, transport: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(HELPERS / "helpers" / "kv_sender_process.py"),
-        transport,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(HELPERS), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdin is not None
-    receiver = [node.identity.worker_id, node.identity.incarnation, node.address]
-    process.stdin.write(json.dumps(receiver).encode() + b"\n")
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.stdin.close()
-        await asyncio.wait_for(process.wait(), 20)
-
-
-async def ask(process: asyncio.subprocess.Process, node: Node, what: str, request_id: str, *block_ids: int) -> str:
-    node.agent.expect(HandoffKey(request_id, 1), SENDER)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(f"{what} {request_id} {' '.join(map(str, block_ids))}\n".encode())
-    while True:  # the program logs on standard output too
-        line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
-        assert line, "the sender died"
-        if line.startswith(("shm ", "tcp ", "pushing")):
-            return line.strip()
+from baton.kvtransfer.identity import HandoffKey
 
 
 def mappings_of(pid: int) -> int:
