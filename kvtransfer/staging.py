@@ -15,6 +15,14 @@ from baton.kvtransfer.mapping import create_mapping
 from baton.kvtransfer.memory import NUM_CANARY_BLOCKS
 from baton.kvtransfer.rows import Rows
 
+# Host memory that blocks of a GPU pass through, both directions together.
+_STAGING_BYTES = 256 << 20
+
+
+def staging_rows(num_blocks: int, block_bytes: int) -> int:
+    """How many rows a worker gives a cache of ``num_blocks``."""
+    return max(2, min(num_blocks, _STAGING_BYTES // block_bytes))
+
 
 class StagedBlockMemory:
     """The blocks of ``kv_cache`` [num_blocks, *block_shape] on any device, through ``num_rows`` rows of host memory.

@@ -11,12 +11,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import torch
+
 from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.messages import FirstToken
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
 from baton.kvtransfer.transport.registry import TRANSPORT_NAMES
-from baton.load.limits import MemoryCopy, SocketLoop
+from baton.load.limits import DeviceCopy, MemoryCopy, SocketLoop
 from baton.load.report import Row, median_row
 from baton.load.transfer_peer import (
     LAYOUTS,
@@ -31,6 +33,9 @@ from baton.load.transfer_peer import (
 
 BULK_BYTES = {"4 KiB": 48 << 20, "6 KiB": 48 << 20, "192 KiB": 192 << 20, "1 MiB": 192 << 20}
 """Bytes of one handoff, by layout. Tiny blocks in fewer bytes: that is 12,288 and 8,192 blocks, and no prompt is longer."""
+
+DEVICE_LAYOUTS = ("192 KiB", "1 MiB")
+"""What is also handed over between caches in a GPU's memory, where there is one."""
 
 LATENCY_LAYOUT = "360 KiB"
 LATENCY_SIZES = {"1 block": 1, "1k tokens": 64, "8k tokens": 512}
@@ -55,6 +60,12 @@ def bench_transfer(repeats: int = 9, transports: Sequence[str] = TRANSPORT_NAMES
 
 async def _bench(transport: str, repeats: int) -> list[Row]:
     rows: list[Row] = []
+    if torch.cuda.is_available():
+        for layout in DEVICE_LAYOUTS:
+            num_blocks = BULK_BYTES[layout] // LAYOUTS[layout].block_bytes
+            rows += await _bench_bulk(PeerSpec(transport, layout, num_blocks, device="cuda"), repeats)
+    if transport == "cuda_ipc":
+        return rows or [Row(transport, None, "", skipped="needs a GPU: this machine has none")]
     for layout, num_bytes in BULK_BYTES.items():
         spec = PeerSpec(transport, layout, num_bytes // LAYOUTS[layout].block_bytes)
         rows += await _bench_bulk(spec, repeats)
@@ -64,8 +75,13 @@ async def _bench(transport: str, repeats: int) -> list[Row]:
 
 async def _bench_bulk(spec: PeerSpec, repeats: int) -> list[Row]:
     num_bytes = spec.num_blocks * spec.block_bytes
-    limit: MemoryCopy | SocketLoop = SocketLoop(num_bytes) if spec.transport == "tcp" else MemoryCopy(num_bytes)
-    limit_name = "socket loop, 2 processes" if spec.transport == "tcp" else "memory copy, 1 thread"
+    limit: MemoryCopy | SocketLoop | DeviceCopy
+    if spec.device != "cpu":
+        limit, limit_name = DeviceCopy(num_bytes), "GPU to locked host memory"
+    elif spec.transport == "tcp":
+        limit, limit_name = SocketLoop(num_bytes), "socket loop, 2 processes"
+    else:
+        limit, limit_name = MemoryCopy(num_bytes), "memory copy, 1 thread"
     speeds, limit_speeds = [], []
     try:
         async with _pair(spec) as (agent, address):
@@ -75,7 +91,7 @@ async def _bench_bulk(spec: PeerSpec, repeats: int) -> list[Row]:
                 speeds.append(num_bytes / await handoff_s(agent, address, spec.num_blocks) / 1e9)
     finally:
         limit.close()
-    name = f"{spec.transport}, blocks of {spec.layout}"
+    name = f"{spec.transport}, {'' if spec.device == 'cpu' else 'GPU, '}blocks of {spec.layout}"
     return [median_row(name, "GB/s", speeds, limit_name, limit_speeds)]
 
 

@@ -34,6 +34,26 @@ class MemoryCopy:
         """Nothing but memory."""
 
 
+class DeviceCopy:
+    """``num_bytes`` from a GPU into locked memory of the host: what blocks must do that are checked on the host."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._source = torch.ones(num_bytes, dtype=torch.uint8, device="cuda")
+        self._target = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.gb_per_s()  # the first one is slower
+
+    def gb_per_s(self) -> float:
+        """GB/s copied."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        self._target.copy_(self._source, non_blocking=True)
+        torch.cuda.synchronize()
+        return len(self._target) / (time.perf_counter() - begin) / 1e9
+
+    def close(self) -> None:
+        """Nothing but memory."""
+
+
 class SocketLoop:
     """``num_bytes`` from a mapping of one process into one of another over TCP on loopback: no frames, no checksums.
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import grpc.aio
 import numpy as np
+import torch
 
 from baton.api.kvtransfer.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc
 from baton.kvtransfer.agent import TransferAgent
@@ -23,6 +24,7 @@ from baton.kvtransfer.memory import HostBlockMemory
 from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.shape import LinkShape
+from baton.kvtransfer.staging import StagedBlockMemory, staging_rows
 from baton.services.runtime.grpc import create_channel, create_server
 
 SENDER = WorkerIdentity("bench-sender", "0" * 32)
@@ -46,6 +48,7 @@ class PeerSpec:
     layout: str  # a key of LAYOUTS
     num_blocks: int
     bytes_per_s: float | None = None  # of the link that is imitated; None: the machine's own
+    device: str = "cpu"  # where both caches are
 
     @property
     def block_bytes(self) -> int:
@@ -71,13 +74,21 @@ class Pool:
         """Given up."""
 
 
-def make_agent(identity: WorkerIdentity, spec: PeerSpec) -> tuple[TransferAgent, HostBlockMemory]:
-    """An agent with memory of its own, every page of which was written: one that was not would be the one zero page.
+def make_memory(spec: PeerSpec) -> HostBlockMemory | StagedBlockMemory:
+    """A cache of random bytes: a page that nobody wrote would be the one zero page."""
+    data = np.random.default_rng(1).integers(0, 256, spec.num_blocks * spec.block_bytes, np.uint8)
+    if spec.device == "cpu":
+        memory = HostBlockMemory(spec.num_blocks, spec.block_bytes)
+        memory.tensor.numpy()[: len(data)] = data
+        return memory
+    layout = LAYOUTS[spec.layout]
+    cache = torch.from_numpy(data).view(getattr(torch, layout.dtype)).view(spec.num_blocks, *layout.block_shape)
+    return StagedBlockMemory(cache.to(spec.device), staging_rows(spec.num_blocks, spec.block_bytes))
 
-    Raises TransferError when the transport does not work here.
-    """
-    memory = HostBlockMemory(spec.num_blocks, spec.block_bytes)
-    memory.tensor.numpy()[:] = np.random.default_rng(1).integers(0, 256, len(memory.tensor), np.uint8)
+
+def make_agent(identity: WorkerIdentity, spec: PeerSpec) -> tuple[TransferAgent, HostBlockMemory | StagedBlockMemory]:
+    """An agent with memory of its own. Raises TransferError when the transport does not work here."""
+    memory = make_memory(spec)
     compatibility = Compatibility("bench", LAYOUTS[spec.layout])
     try:
         agent = TransferAgent(

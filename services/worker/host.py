@@ -22,7 +22,7 @@ from baton.kvtransfer.identity import WorkerIdentity
 from baton.kvtransfer.incoming import ReceiverHost
 from baton.kvtransfer.layout import Compatibility, KVLayout
 from baton.kvtransfer.memory import BlockMemory, HostBlockMemory
-from baton.kvtransfer.staging import StagedBlockMemory
+from baton.kvtransfer.staging import StagedBlockMemory, staging_rows
 from baton.kvtransfer.wire import compatibility_to_wire
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
@@ -60,8 +60,6 @@ log = structlog.get_logger(__name__)
 WorkerT = TypeVar("WorkerT", bound=Worker[Any])
 
 _DRAIN_POLL_S = 0.05
-# Host memory that blocks of a GPU pass through, both directions together.
-STAGING_BYTES = 256 << 20
 
 
 class WorkerHost(ABC, Generic[WorkerT]):
@@ -245,7 +243,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size, memory=host_memory.tensor)
         else:
             engine = Engine(loaded, num_blocks=num_blocks, block_size=block_size)
-            memory = StagedBlockMemory(engine.kv_cache, max(2, min(num_blocks, STAGING_BYTES // block_bytes)))
+            memory = StagedBlockMemory(engine.kv_cache, staging_rows(num_blocks, block_bytes))
         capacity = num_blocks * block_size
         self._speed = warm_up(
             engine, min(self._limits.max_num_batched_tokens, self._limits.max_model_len, capacity) - 1
