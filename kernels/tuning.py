@@ -48,7 +48,7 @@ _PREFILL: dict[str, _Row] = {
     _INTERPRETER: ((256, 4, AttentionTiles(16, 16, 1, 1)),),
     _HOPPER: (
         (64, 2, AttentionTiles(128, 64, 4, 3)),
-        (128, 2, AttentionTiles(128, 64, 8, 3)),
+        (128, 2, AttentionTiles(128, 128, 8, 2)),
         (256, 2, AttentionTiles(64, 64, 8, 2)),
         (256, 4, AttentionTiles(32, 32, 4, 2)),
     ),
@@ -65,7 +65,7 @@ _PREFILL: dict[str, _Row] = {
 _DECODE: dict[str, _Row] = {
     _INTERPRETER: ((256, 4, AttentionTiles(16, 16, 1, 1)),),
     _HOPPER: (
-        (128, 2, AttentionTiles(16, 64, 4, 5)),
+        (128, 2, AttentionTiles(16, 128, 4, 3)),
         (256, 2, AttentionTiles(16, 64, 4, 3)),
         (256, 4, AttentionTiles(16, 32, 4, 3)),
     ),
