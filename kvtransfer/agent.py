@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import grpc.aio
 
 from baton.kvtransfer.canary import LinkReport
 from baton.kvtransfer.context import AgentContext
+from baton.kvtransfer.crew import Crew
 from baton.kvtransfer.errors import TransferError
 from baton.kvtransfer.fetch import BlockHolder, Fetch
 from baton.kvtransfer.fetching import FetchDesk
@@ -37,9 +37,6 @@ from baton.kvtransfer.transport.shaper import ShapedTransport
 from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 
 _WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - recognised, not chosen
-
-# Two threads, since one that copies and hashes is slower than one that only copies. They have nothing to do most of the time.
-_NUM_COPY_THREADS = 2
 
 
 class TransferAgent:
@@ -82,9 +79,9 @@ class TransferAgent:
         self._data_host, self._data_port = data_host, data_port
         self._advertised_host, self._advertised_port = advertised_host or data_host, advertised_port
         self._open_channel = open_channel
-        self._copying = ThreadPoolExecutor(_NUM_COPY_THREADS, thread_name_prefix="kv-copy")
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="kv-send")
         options = options or TransferOptions()
+        self._copying = Crew(options.num_copy_threads, "kv-copy")
+        self._hashing = Crew(options.num_send_threads, "kv-send")
         self.compatibility = compatibility
         if options.newest_wire_version is not None:
             versions = compatibility.versions.up_to(options.newest_wire_version)

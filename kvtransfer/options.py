@@ -31,6 +31,8 @@ class TransferOptions:
     reserve_answer_s: float = 1.0  # a reservation is answered in this time, if only with "still looking"
     max_num_quarantined: int | None = None  # slots; with more in quarantine no reservation is granted. None: any number
     newest_wire_version: int | None = None  # speaks none that is newer: to try out beforehand what an upgrade will do
+    num_send_threads: int = 1  # hash what goes out, with one of them sending it; they hardly use the interpreter
+    num_copy_threads: int = 2  # copy and hash what comes in: one that does both is slower than one that only copies
     link_shape: LinkShape | None = (
         None  # incoming blocks are reported as if they came over such a link; None: as they come
     )

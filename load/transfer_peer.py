@@ -25,6 +25,7 @@ from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.kvtransfer.options import TransferOptions
 from baton.kvtransfer.shape import LinkShape
 from baton.kvtransfer.staging import StagedBlockMemory, staging_rows
+from baton.services.runtime.cores import num_cores, transfer_threads
 from baton.services.runtime.grpc import create_channel, create_server
 
 SENDER = WorkerIdentity("bench-sender", "0" * 32)
@@ -90,6 +91,7 @@ def make_agent(identity: WorkerIdentity, spec: PeerSpec) -> tuple[TransferAgent,
     """An agent with memory of its own. Raises TransferError when the transport does not work here."""
     memory = make_memory(spec)
     compatibility = Compatibility("bench", LAYOUTS[spec.layout])
+    num_send_threads, num_copy_threads = transfer_threads(num_cores())  # as a worker does
     try:
         agent = TransferAgent(
             identity,
@@ -97,7 +99,11 @@ def make_agent(identity: WorkerIdentity, spec: PeerSpec) -> tuple[TransferAgent,
             memory,
             Pool(),
             transports=spec.transport,
-            options=TransferOptions(link_shape=LinkShape(spec.bytes_per_s) if spec.bytes_per_s else None),
+            options=TransferOptions(
+                link_shape=LinkShape(spec.bytes_per_s) if spec.bytes_per_s else None,
+                num_send_threads=num_send_threads,
+                num_copy_threads=num_copy_threads,
+            ),
             open_channel=create_channel,
         )
     except TransferError:

@@ -18,6 +18,7 @@ from typing import ClassVar, cast
 
 import structlog
 
+from baton.kvtransfer.crew import shared_checksums
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.mapping import host_id
 from baton.kvtransfer.memory import BlockMemory
@@ -59,7 +60,7 @@ class CudaIpcTransport(RowCopier):
         memory.mirror(self._cuda.tensor(self._address, num_bytes))
         # A thread of its own: a copy that hangs must not hold up other transports, and a stream has one user.
         self._threads = ThreadPoolExecutor(1, "kv-cuda-ipc", self._cuda.bind_thread)
-        super().__init__(memory, self._threads)
+        super().__init__(memory, self._threads, executor)
         self._lock = threading.Lock()
         _addresses_here[handle] = self._address
         self._handle = handle
@@ -150,7 +151,7 @@ class CudaIpcTransport(RowCopier):
             with self._lock:
                 peer.num_reads -= 1
                 self._close_unused(peer)
-        return host.checksums(rows)
+        return shared_checksums(self._crew, host, rows)
 
     def _store(self, rows: Sequence[int], block_ids: Sequence[int]) -> None:
         self._staging.store_mirrored(rows, block_ids)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import structlog
 
+from baton.kvtransfer.crew import shared_checksums
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.transport.base import Arrival, Landed, Offer, Source
@@ -51,7 +52,7 @@ class NixlTransport(RowCopier):
     def __init__(self, memory: BlockMemory, executor: Executor) -> None:
         # Threads of its own: a read that hangs must not hold up other transports.
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kv-nixl")
-        super().__init__(memory, self._threads)
+        super().__init__(memory, self._threads, executor)
         self._lock = threading.Lock()  # NIXL's agent is used by one thread at a time
         self._name = uuid.uuid4().hex
         self._agent = _make_agent(self._name)
@@ -157,7 +158,7 @@ class NixlTransport(RowCopier):
             with self._lock:
                 remote.num_reads -= 1
                 self._forget_unused(remote)
-        return self._memory.rows.checksums(rows)
+        return shared_checksums(self._crew, self._memory.rows, rows)
 
     def _read(self, remote: _Remote, source_rows: Sequence[int], rows: Sequence[int]) -> None:
         """Returns when the rows are here. Raises _ReadFailed when they are not and no byte of them can come any more."""

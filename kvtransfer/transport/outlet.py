@@ -10,13 +10,16 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import structlog
 
 from baton.kvtransfer import failpoint
+from baton.kvtransfer.crew import Crew, in_pieces, share
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.memory import BlockMemory
 from baton.kvtransfer.messages import Slot
@@ -41,8 +44,9 @@ _log = structlog.get_logger(__name__)
 # turn. Taken from our memory: a few milliseconds of hashing, then the receiver begins to copy.
 _INLINE_FRAME_BYTES = 4 * 1024 * 1024
 _FRAME_BYTES = 16 * 1024 * 1024
-# Bytes of blocks hashed and sent in one go of the thread. It begins small, so that the receiver soon has something to do, and
-# grows while there is more, so that handing work over to the thread and back costs little. A few milliseconds at most.
+# Bytes of blocks hashed and sent in one go, for each thread that hashes. It begins small, so that the receiver soon has
+# something to do, and grows while there is more, so that handing work over to the thread and back costs little. A few
+# milliseconds at most.
 _FIRST_GO_BYTES = 1024 * 1024
 _MAX_GO_BYTES = 32 * 1024 * 1024
 _MAX_INLINE_GO_BYTES = 8 * 1024 * 1024
@@ -178,8 +182,9 @@ class Outlet:
             self._pump_task = asyncio.create_task(self._pump(), name="kv-outlet")
 
     async def _pump(self) -> None:
-        go_bytes = _FIRST_GO_BYTES
-        max_go_bytes = _MAX_INLINE_GO_BYTES if self._transport.is_inline else _MAX_GO_BYTES
+        num_threads = self._executor.num_threads if isinstance(self._executor, Crew) else 1
+        go_bytes = _FIRST_GO_BYTES * num_threads
+        max_go_bytes = _MAX_INLINE_GO_BYTES if self._transport.is_inline else _MAX_GO_BYTES * num_threads
         try:
             while self._queue:
                 if self._stream is None:
@@ -240,24 +245,41 @@ class Outlet:
         await stream.drain()
 
     def _hash_and_send(self, stream: FrameStream, batches: list[_Batch]) -> None:
-        """Each frame is sent while what was read for its checksums is still in the cache. Runs on any thread."""
+        """Each frame is sent while what was read for its checksums is still in the cache. Runs on any thread.
+
+        Other threads help to hash; frames go out in their order all the same, and none of the helpers is at it any more when
+        this returns.
+        """
+        row_bytes = self._memory.block_bytes
+        parts = [(batch, in_pieces(batch.rows, row_bytes)) for batch in batches]
+        pieces = [partial(self._hash, batch, rows) for batch, split in parts for rows in split]
         has_rest = False
-        for batch in batches:
-            if batch.fence in self._when_quiet:
-                continue  # cancelled meanwhile
-            failpoint.reach("kv.send.frame_k")
-            checksums = self._memory.rows.checksums(batch.rows)
-            slots = [slot for slot, _ in batch.blocks]
-            entries = zip(slots, checksums, batch.rows, strict=True)
-            head = pack_blocks(
-                self._transport.kind, batch.fence, batch.token, entries, self._memory.block_bytes, self._version
-            )
-            payload = self._memory.rows.spans(batch.rows) if self._transport.is_inline else []
-            batch.sent = tuple(zip([slot.index for slot in slots], checksums, strict=True))
-            batch.frame = Outgoing(head, payload)
-            if not has_rest:
-                stream.send_now(batch.frame)
-                has_rest = bool(batch.frame.views)
+        with closing(share(self._executor, pieces)) as hashed:
+            for batch, split in parts:
+                checksums = [checksum for part in islice(hashed, len(split)) for checksum in part]
+                if len(checksums) < len(batch.rows) or batch.fence in self._when_quiet:
+                    continue  # cancelled meanwhile
+                failpoint.reach("kv.send.frame_k")
+                self._pack(batch, checksums)
+                if not has_rest:
+                    assert batch.frame is not None
+                    stream.send_now(batch.frame)
+                    has_rest = bool(batch.frame.views)
+
+    def _hash(self, batch: _Batch, rows: Sequence[int]) -> list[int]:
+        """Nothing for what was cancelled meanwhile."""
+        is_wanted = batch.fence not in self._when_quiet and not self._is_closed
+        return self._memory.rows.checksums(rows) if is_wanted else []
+
+    def _pack(self, batch: _Batch, checksums: list[int]) -> None:
+        slots = [slot for slot, _ in batch.blocks]
+        entries = zip(slots, checksums, batch.rows, strict=True)
+        head = pack_blocks(
+            self._transport.kind, batch.fence, batch.token, entries, self._memory.block_bytes, self._version
+        )
+        payload = self._memory.rows.spans(batch.rows) if self._transport.is_inline else []
+        batch.sent = tuple(zip([slot.index for slot in slots], checksums, strict=True))
+        batch.frame = Outgoing(head, payload)
 
     def _conclude(self, stream: FrameStream, batches: list[_Batch]) -> None:
         """What was sent is told; what the socket did not take waits in the stream; what was cancelled is let go."""

@@ -16,6 +16,7 @@ from typing import ClassVar, cast
 
 import structlog
 
+from baton.kvtransfer.crew import shared_copy
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.mapping import SharedMemory, host_id, open_mapping
 from baton.kvtransfer.memory import BlockMemory
@@ -40,9 +41,11 @@ class RowCopier:
     is_inline: ClassVar[bool] = False
     waits_for_peer: ClassVar[bool] = False  # a copy can take long: it is never made on the event loop
 
-    def __init__(self, memory: BlockMemory, executor: Executor) -> None:
+    def __init__(self, memory: BlockMemory, executor: Executor, crew: Executor | None = None) -> None:
+        """Copies run on ``executor``; the threads of ``crew``, if they are others, help with their checksums."""
         self._memory = memory
         self._executor = executor
+        self._crew = crew or executor
         self._arrivals: deque[Arrival] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_copying = (
@@ -129,7 +132,8 @@ class RowCopier:
 
     def _fetch(self, source: Source, source_rows: Sequence[int], rows: Sequence[int]) -> list[int]:
         """Brings rows of the sender into ours; the checksums of our copies."""
-        return self._memory.rows.copy_from(cast(Rows, source), list(zip(source_rows, rows, strict=True)))
+        pairs = list(zip(source_rows, rows, strict=True))
+        return shared_copy(self._crew, self._memory.rows, cast(Rows, source), pairs)
 
 
 class ShmTransport(RowCopier):

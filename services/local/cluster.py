@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from baton.services.local.gateway_client import GatewayClient
 from baton.services.local.nats_server import NatsServer
 from baton.services.local.options import flags_for
 from baton.services.local.private_directory import PrivateDirectory
+from baton.services.runtime.cores import num_cores
 from baton.services.runtime.net import free_port
 from baton.services.runtime.settings import GatewaySettings, ServeSettings, WorkerSettings
 
@@ -19,7 +19,6 @@ Argv = Callable[..., list[str]]
 
 _CLUSTER = "local"
 _BLOCK_KEY_BYTES = 32
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class LocalCluster:
@@ -100,13 +99,3 @@ class LocalCluster:
             "nats_token_file": self._nats_token,
             "block_key_file": self._block_key,
         }
-
-
-def num_cores() -> int:
-    """Cores that this process may use: its affinity, or less where a container has a quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CGROUP_QUOTA.read_text(encoding="utf-8").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroups, or no quota ("max")
-        return cores

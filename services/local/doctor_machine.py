@@ -13,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 
 from baton.services.core.errors import ConfigurationError
-from baton.services.local.cluster import num_cores
 from baton.services.local.doctor import Check, Finding, Level, Questions
 from baton.services.local.gateway_client import GatewayClient, GatewayUnreachable
 from baton.services.local.nats_server import find_nats_server
 from baton.services.local.private_directory import abandoned_directories
+from baton.services.runtime.cores import num_cores
 from baton.services.runtime.net import port_problem
 
 _MIN_PYTHON = (3, 11)

@@ -10,6 +10,7 @@ from baton.services.core.errors import ConfigurationError
 from baton.services.core.quarantine import QuarantineBudget
 from baton.services.core.scheduler.base import SchedulerLimits
 from baton.services.engine.loader import LoadedModel
+from baton.services.runtime.cores import num_cores, transfer_threads
 from baton.services.runtime.settings import WorkerSettings
 
 log = structlog.get_logger(__name__)
@@ -44,4 +45,10 @@ def make_transfer_options(settings: WorkerSettings, budget: QuarantineBudget) ->
     shape = None
     if settings.kv_link_mb_per_s is not None:
         shape = LinkShape(settings.kv_link_mb_per_s * 1e6, settings.kv_link_latency_ms / 1e3)
-    return TransferOptions(link_shape=shape, max_num_quarantined=budget.max_num_blocks)
+    num_send_threads, num_copy_threads = transfer_threads(num_cores())
+    return TransferOptions(
+        link_shape=shape,
+        max_num_quarantined=budget.max_num_blocks,
+        num_send_threads=num_send_threads,
+        num_copy_threads=num_copy_threads,
+    )

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from baton.services.local import cluster
 from baton.services.local.blocks import drain_worker, show_blocks
 from baton.services.local.bundled import BUNDLED_MODEL, BUNDLED_MODEL_NAME, with_model
 from baton.services.local.demo import DemoFailed, check, make_question, receipt_table
@@ -304,14 +303,3 @@ def test_the_bundled_model_is_the_default_and_folders_give_their_name(tmp_path: 
     for missing in ("./model", "a/b/c", str(tmp_path / "none")):
         with pytest.raises(SettingsError, match="no such folder"):
             with_model(load_settings(ServeSettings, {"model": missing}))
-
-
-@pytest.mark.parametrize(("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
-def test_cores_respect_a_containers_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, expected: int
-) -> None:
-    file = tmp_path / "cpu.max"
-    file.write_text(quota)
-    monkeypatch.setattr(cluster, "_CGROUP_QUOTA", file)
-    monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert cluster.num_cores() == expected
