@@ -39,8 +39,8 @@ class Rows:
         """The bytes of these rows in their order, those next to each other in one view."""
         size = self.row_bytes
         longest = max(1, _SPAN_BYTES // size)
-        runs = _runs([(index, index) for index in indices], longest)
-        return [self._view[first * size : (first + count) * size] for first, _, count in runs]
+        pieces = runs([(index, index) for index in indices], longest)
+        return [self._view[first * size : (first + count) * size] for first, _, count in pieces]
 
     def checksums(self, indices: Iterable[int]) -> list[int]:
         """xxh3_64 of each of these rows."""
@@ -56,7 +56,7 @@ class Rows:
         if size > _COPY_BYTES:
             return [self._copy_in_parts(source, from_row * size, to_row * size) for from_row, to_row in pairs]
         checksums: list[int] = []
-        for from_row, to_row, count in _runs(pairs, _COPY_BYTES // size):
+        for from_row, to_row, count in runs(pairs, _COPY_BYTES // size):
             ours = self._bytes[to_row * size : (to_row + count) * size]
             ours[:] = source._bytes[from_row * size : (from_row + count) * size]
             checksums += self.checksums(range(to_row, to_row + count))
@@ -73,7 +73,7 @@ class Rows:
         return digest.intdigest()
 
 
-def _runs(pairs: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int, int]]:
+def runs(pairs: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int, int]]:
     """Joins pairs that follow each other on both sides: (first source row, first target row, count)."""
     breaks = [
         position

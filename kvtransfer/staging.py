@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from baton.kernels import gather_blocks, scatter_blocks
+from baton.kvtransfer.device import DeviceCopies
 from baton.kvtransfer.mapping import create_mapping
 from baton.kvtransfer.memory import NUM_CANARY_BLOCKS
-from baton.kvtransfer.rows import Rows
+from baton.kvtransfer.rows import Rows, runs
 
 # Host memory that blocks of a GPU pass through, both directions together.
 _STAGING_BYTES = 256 << 20
@@ -28,8 +29,8 @@ class StagedBlockMemory:
     """The blocks of ``kv_cache`` [num_blocks, *block_shape] on any device, through ``num_rows`` rows of host memory.
 
     Half of the rows are for blocks going out, half for blocks coming in, so that neither direction can starve the other. All
-    device copies run on one thread of their own, which waits for each: when ``load`` returns the bytes are there, and
-    when ``store`` returns they can be read by kernels launched from then on.
+    device copies run on one thread of their own, after what the engine has enqueued (``device.py``), and it waits for each:
+    when ``load`` returns the bytes are there, and when ``store`` returns they can be read by kernels launched from then on.
     """
 
     is_staged = True
@@ -46,6 +47,7 @@ class StagedBlockMemory:
         self._num_staging_rows = num_rows
         self._cache = kv_cache
         self._mirror: torch.Tensor | None = None
+        self._copies = DeviceCopies(kv_cache.device, self.rows.address, num_rows_in_all * self.block_bytes)
         host = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
         self._host = host.view(kv_cache.dtype).view(num_rows, *kv_cache.shape[1:])
         self._outgoing = _RowPool(range(num_rows // 2))
@@ -112,42 +114,50 @@ class StagedBlockMemory:
 
     def close(self) -> None:
         self._device_thread.shutdown()
+        self._copies.close()
         if self._fd is not None:
             os.close(self._fd)
             self._fd = self.shared = None
 
     def _gather(self, rows: list[int], block_ids: list[int]) -> None:
-        blocks = torch.empty((len(rows), *self._cache.shape[1:]), dtype=self._cache.dtype, device=self._cache.device)
-        gather_blocks(self._cache, self._ids(block_ids), blocks)
-        for row, block in zip(rows, blocks, strict=True):
-            self._host[row].copy_(block)
-        if self._mirror is not None:
-            self._mirror[self._ids(rows)] = blocks.view(len(rows), -1).view(torch.uint8)
-        self._wait()
+        with self._copies.copying():
+            blocks = self._buffer(len(rows))
+            gather_blocks(self._cache, self._ids(block_ids), blocks)
+            for row, index, count in _pieces(rows):
+                self._host[row : row + count].copy_(blocks[index : index + count], non_blocking=True)
+            if self._mirror is not None:
+                self._mirror[self._ids(rows)] = blocks.view(len(rows), -1).view(torch.uint8)
 
     def _mirror_rows(self, rows: list[int]) -> None:
         """Rows of a canary, which were written on the host."""
         assert self._mirror is not None
-        for row in set(rows):
-            self._mirror[row].copy_(torch.frombuffer(self.rows.row(row), dtype=torch.uint8))
-        self._wait()
+        with self._copies.copying():
+            for row in set(rows):
+                self._mirror[row].copy_(torch.frombuffer(self.rows.row(row), dtype=torch.uint8))
 
     def _scatter(self, rows: list[int], block_ids: list[int], is_mirrored: bool = False) -> None:
-        if is_mirrored:
-            assert self._mirror is not None
-            mirrored = self._mirror[self._ids(rows)].view(self._cache.dtype)
-            blocks = mirrored.view(len(rows), *self._cache.shape[1:])
-        else:
-            blocks = self._host[rows].to(self._cache.device)
-        scatter_blocks(self._cache, self._ids(block_ids), blocks)
-        self._wait()
+        with self._copies.copying():
+            if is_mirrored:
+                assert self._mirror is not None
+                mirrored = self._mirror[self._ids(rows)].view(self._cache.dtype)
+                blocks = mirrored.view(len(rows), *self._cache.shape[1:])
+            else:
+                blocks = self._buffer(len(rows))
+                for row, index, count in _pieces(rows):
+                    blocks[index : index + count].copy_(self._host[row : row + count], non_blocking=True)
+            scatter_blocks(self._cache, self._ids(block_ids), blocks)
+
+    def _buffer(self, num_blocks: int) -> torch.Tensor:
+        """Room on the device, which the allocator keeps for the next one."""
+        return torch.empty((num_blocks, *self._cache.shape[1:]), dtype=self._cache.dtype, device=self._cache.device)
 
     def _ids(self, block_ids: list[int]) -> torch.Tensor:
         return torch.tensor(block_ids, dtype=torch.int64, device=self._cache.device)
 
-    def _wait(self) -> None:
-        if self._cache.is_cuda:
-            torch.cuda.synchronize(self._cache.device)
+
+def _pieces(rows: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Rows that follow each other are copied in one piece: (first row, its place in ``rows``, how many)."""
+    return runs([(row, index) for index, row in enumerate(rows)], max(1, len(rows)))
 
 
 class _RowPool:
@@ -163,7 +173,7 @@ class _RowPool:
             raise ValueError(f"{count} rows asked of a staging area of {self._capacity}")
         if self._waiting or count > len(self._free):
             return None
-        return [self._free.popleft() for _ in range(count)]
+        return self._pop(count)
 
     async def take(self, count: int) -> list[int]:
         rows = self.try_take(count)
@@ -185,5 +195,9 @@ class _RowPool:
             if not future.done():
                 if count > len(self._free):
                     return
-                future.set_result([self._free.popleft() for _ in range(count)])
+                future.set_result(self._pop(count))
             self._waiting.popleft()
+
+    def _pop(self, count: int) -> list[int]:
+        """In ascending order: more of them follow each other."""
+        return sorted(self._free.popleft() for _ in range(count))

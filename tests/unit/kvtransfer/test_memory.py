@@ -187,6 +187,25 @@ async def test_staged_blocks_go_out_and_come_in() -> None:
     memory.close()
 
 
+async def test_staged_blocks_keep_their_places_where_rows_are_scattered() -> None:
+    memory, cache = staged(num_rows=16)
+    first = await memory.load([0, 1, 2, 3, 4, 5, 6, 7])
+    memory.unload([first[1], first[2], first[6], first[4]])
+    block_ids = [9, 3, 8, 1]
+    rows = await memory.load(block_ids)
+    assert rows == [1, 2, 4, 6]
+    claimed = await memory.claim(list(range(8)))
+    memory.unclaim([claimed[5], claimed[0], claimed[1], claimed[7]])
+    claimed = await memory.claim([4, 5, 6, 7])
+    for row, of, block_id in zip(claimed, rows, block_ids, strict=True):
+        assert bytes(memory.rows.row(of)) == cache[block_id].numpy().tobytes()
+        memory.rows.row(row)[:] = memory.rows.row(of)
+    await asyncio.to_thread(memory.store, claimed, [4, 5, 6, 7])
+    assert torch.equal(cache[4:8], cache[block_ids])
+    await asyncio.to_thread(memory.store, [], [])
+    memory.close()
+
+
 async def test_who_asks_for_rows_waits_its_turn_and_neither_direction_starves_the_other() -> None:
     memory, _ = staged(num_rows=4)
     out = await memory.load([1, 2])
