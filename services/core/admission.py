@@ -7,6 +7,8 @@ and a rate are learned from it, whatever the bottleneck is: workers, links, or t
 - The time to the first token of a newcomer is what the first line says for the tokens that wait, itself among them.
 - As many streams run as the second line allows for the tightest target among them. Beyond that a request waits here, in front
   of the tokenizer, if its turn comes early enough, and is refused if not. A promise is kept: who waits is not refused later.
+  What prompts took of that time counts only where they must be computed: those that a decode worker takes on while it has
+  room for them go elsewhere when it has none, so they take no seat.
 - Once somebody had to wait or was refused, seats are given at the rate at which they are left, hardly quicker. What begins
   together ends together otherwise: all prompts would be computed at one time, and all answers at another.
 - Batch has no target. It waits until there is room, and never takes more than half of it.
@@ -79,6 +81,9 @@ class AdmissionControl:
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     num_streams: int = 0  # running
     num_decoding: int = 0  # of these, those that have their first token
+    prompt_share: float = (
+        0.0  # of the streams' steps, what prompts take that could be computed elsewhere: the caller says
+    )
     ahead_tokens: int = 0  # of prompts that were let in and have no first token yet; not those of batch
     _ttft: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.05))
     _tpot: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.02))
@@ -265,7 +270,7 @@ class AdmissionControl:
         took_s = now - visit.measured_s
         if took_s > 0.0:
             beside = max(1.0, (self._stream_s - visit.measured_stream_s) / took_s)
-            pace_s = took_s / (visit.num_tokens_out - visit.measured_tokens)
+            pace_s = (1.0 - self.prompt_share) * took_s / (visit.num_tokens_out - visit.measured_tokens)
             self._tpot.observe(beside, pace_s, visit.num_streams / beside)
             if beside <= self.limits.always:
                 self._lonely_tpot.observe(beside, pace_s)

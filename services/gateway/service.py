@@ -249,6 +249,8 @@ class GatewayService:
         # Reports are up to a second old: what of it this gateway sent itself is known better here.
         reported = self._registry.reported
         self._others_tokens = max(0, reported.waiting_tokens - self._deps.admission.control.ahead_tokens)
+        if Placement(self._settings.placement) is Placement.AUTO:  # else prompts beside streams have nowhere else to go
+            self._deps.admission.control.prompt_share = reported.prompt_share
         # The context length that every usable worker can serve, unless the operator set one.
         length = reported.max_model_len
         if self._settings.max_model_len is None and length and length != self._deps.model.max_model_len:

@@ -379,6 +379,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         if worker is not None:
             status.prefill_s_per_token = worker.speed.prefill_s_per_token
             status.decode_step_s = worker.speed.decode_step_s
+            status.prompt_share = worker.speed.prompt_share
             status.prompt_tokens_total = worker.speed.prompt_tokens_total
             status.generation_tokens_total = worker.speed.generation_tokens_total
             status.out_of_memory_total = worker.steps.num_out_of_memory

@@ -11,6 +11,8 @@ from baton.services.engine.engine import Engine
 # A prompt that took so long to warm up with tells the cost of a token well enough, unless it is as short as the first one.
 _LONG_ENOUGH_S = 0.05
 _TOO_LONG_S = 2.0
+# Prompts come in bursts: their share is of some hundred steps.
+_SHARE_BLEND = 0.01
 _FIRST_PROMPT, _SECOND_PROMPT = 2, 32
 
 
@@ -26,6 +28,8 @@ class Speed:
         self.warm_s_per_token = warm_s_per_token
         self.prefill_s_per_token = 0.0
         self.decode_step_s = 0.0
+        self._stream_steps_s = 0.0  # steps in which streams get their tokens, and what prompts took of them: means
+        self._prompts_s = 0.0
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
         self._compiles = compiles
@@ -36,13 +40,22 @@ class Speed:
         self.generation_tokens_total += num_sampled
         self.prompt_tokens_total += num_prompt_tokens
         self.know(num_prompt_tokens, num_generating)
+        others_s = self.decode_step_s if num_generating else min(self.decode_step_s, self.warm_step_s)
+        if num_generating and step_s > 0.0:
+            part_s = prompts_s(step_s, others_s) if num_prompt_tokens else 0.0
+            self._stream_steps_s += _SHARE_BLEND * (step_s - self._stream_steps_s)
+            self._prompts_s += _SHARE_BLEND * (part_s - self._prompts_s)
         if num_prompt_tokens > 4 * num_sampled:
             # A step has its floor: where prompts come in small chunks it is much of what they take.
-            others_s = self.decode_step_s if num_generating else min(self.decode_step_s, self.warm_step_s)
             took_s = prompts_s(step_s, others_s) / num_prompt_tokens
             self.prefill_s_per_token = _blend(self.prefill_s_per_token, took_s)
         elif num_sampled and not num_prompt_tokens:
             self.decode_step_s = _blend(self.decode_step_s, step_s)
+
+    @property
+    def prompt_share(self) -> float:
+        """Of the time of steps in which streams get their tokens, what prompts took that were computed in them, lately."""
+        return self._prompts_s / self._stream_steps_s if self._stream_steps_s > 0.0 else 0.0
 
     def know(self, num_prompt_tokens: int, num_generating: int) -> None:
         """A step of such a size was computed: nothing is left to compile for the next."""

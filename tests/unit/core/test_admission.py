@@ -155,6 +155,19 @@ def _teach_tpot(control: AdmissionControl, *, at_one_s: float) -> None:
             control.end(visit, 10 * at_one_s * len(visits))
 
 
+def test_prompts_that_can_be_computed_elsewhere_take_no_seat() -> None:
+    def num_let_in(pace_s: float, prompt_share: float) -> int:
+        control = AdmissionControl()
+        control.prompt_share = prompt_share
+        _teach_tpot(control, at_one_s=pace_s)
+        visits = [interactive(None, 0.1, num_tokens=1) for _ in range(50)]
+        return sum(control.arrive(visit, 1000.0) for visit in visits)
+
+    assert num_let_in(0.01, 0.0) == 7, "seven of them take 0.7 of a tenth of a second"
+    assert num_let_in(0.02, 0.0) == 3
+    assert num_let_in(0.02, 0.5) == 7, "the streams alone are as quick"
+
+
 def test_batch_waits_for_room_and_leaves_half_of_it() -> None:
     server = Server(AdmissionControl())
     load(server, 5.0, 20.0, tpot_s=0.05)

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from helpers import tiny_tokenizers
 from helpers.scripted_worker import ScriptedWorker, run_worker
+from helpers.waiting import eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.api.common.v1 import common_pb2 as pb
@@ -149,6 +150,25 @@ async def test_ready_outlives_the_prefill_pool_and_says_so(folder: Path) -> None
         assert (await running.complete()).status_code == 200
         await running.service.drain()
         assert "draining" in (await running.ready(503))["error"]["message"]
+
+
+@pytest.mark.parametrize(("placement", "prompt_share"), [("auto", 0.4), ("remote", 0.0), ("local", 0.0)])
+async def test_prompts_beside_streams_take_no_seat_where_they_can_go_elsewhere(
+    folder: Path, placement: str, prompt_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted = ScriptedWorker.status
+
+    def status(worker: ScriptedWorker, **fields: Any) -> pb.WorkerStatus:
+        return scripted(worker, running=2, prompt_share=0.4, queued_tokens=50, **fields)
+
+    monkeypatch.setattr(ScriptedWorker, "status", status)
+    async with (
+        run_worker("d", Role.DECODE, answer) as decode,
+        run_worker("p", Role.PREFILL) as prefill,
+        serving(folder, decode, prefill, placement=placement) as running,
+    ):
+        await eventually(lambda: running.service._others_tokens == 100, what="reports of both workers")
+        assert running.service._deps.admission.control.prompt_share == pytest.approx(prompt_share)
 
 
 async def test_a_decode_worker_alone_is_enough_where_nobody_else_is_named(folder: Path) -> None:

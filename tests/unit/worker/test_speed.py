@@ -40,6 +40,19 @@ def test_what_steps_took_lately_replaces_what_the_warm_up_took() -> None:
     assert speed.expected_step_s(100, 1) == pytest.approx(0.05 + 0.02 + 0.0005)
 
 
+def test_the_share_of_prompts_is_of_steps_in_which_streams_get_tokens() -> None:
+    speed = Speed(warm_step_s=0.01, warm_s_per_token=0.001)
+    assert speed.prompt_share == 0.0
+    for _ in range(1000):
+        speed.observe(0.02, 0, 4, 4)
+        speed.observe(0.08, 60, 4, 4)
+        speed.observe(0.5, 500, 1, 0)  # nobody waits for a token
+    assert speed.prompt_share == pytest.approx(0.06 / 0.1, rel=0.05)
+    for _ in range(1000):
+        speed.observe(0.02, 0, 4, 4)
+    assert speed.prompt_share == pytest.approx(0.0, abs=0.01)
+
+
 def test_where_kernels_are_compiled_a_size_is_known_once_it_was_computed() -> None:
     speed = Speed(warm_step_s=0.01, warm_s_per_token=0.001, compiles=True)
     assert speed.expected_step_s(100, 3) is None

@@ -317,7 +317,7 @@ class KVBlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., request: _Optional[int] = ..., transfer: _Optional[int] = ..., quarantine: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total", "batch_queued_tokens")
+    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total", "batch_queued_tokens", "prompt_share")
     class KvTransferBytesTotalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -356,6 +356,7 @@ class WorkerStatus(_message.Message):
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BATCH_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SHARE_FIELD_NUMBER: _ClassVar[int]
     identity: WorkerIdentity
     role: WorkerRole
     state: WorkerState
@@ -387,4 +388,5 @@ class WorkerStatus(_message.Message):
     problem: str
     corrupt_blocks_total: int
     batch_queued_tokens: int
-    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ..., batch_queued_tokens: _Optional[int] = ...) -> None: ...
+    prompt_share: float
+    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ..., batch_queued_tokens: _Optional[int] = ..., prompt_share: _Optional[float] = ...) -> None: ...
