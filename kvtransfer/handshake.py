@@ -11,7 +11,7 @@ from baton.kvtransfer.errors import Incompatible, TransferError
 from baton.kvtransfer.fetch import Fetch
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.layout import Compatibility
-from baton.kvtransfer.transport.base import Offer, Source, Transport
+from baton.kvtransfer.transport.base import Offer, Source, Transport, attach
 from baton.kvtransfer.versions import common_version
 
 
@@ -80,7 +80,7 @@ def choose_version(theirs: Handshake, ours: Compatibility) -> int:
     return version
 
 
-def choose_transport(theirs: Handshake, ours: Mapping[str, Transport]) -> tuple[Transport, Source | None]:
+async def choose_transport(theirs: Handshake, ours: Mapping[str, Transport]) -> tuple[Transport, Source | None]:
     """The sender's best transport that also works from here, and the sender's rows where it gives access to them.
 
     Raises Incompatible with the reason why each of them does not.
@@ -91,7 +91,7 @@ def choose_transport(theirs: Handshake, ours: Mapping[str, Transport]) -> tuple[
         if transport is None:
             continue
         try:
-            return transport, transport.attach(theirs.offer)
+            return transport, await attach(transport, theirs.offer)
         except TransferError as error:
             reasons.append(error.message)
     raise Incompatible(

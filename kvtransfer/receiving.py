@@ -19,7 +19,7 @@ from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.incoming import ReceiverHandoff, ReceiverHost
 from baton.kvtransfer.layout import BLOCK_NAME_BYTES, mismatch
 from baton.kvtransfer.reservations import OpenReservations
-from baton.kvtransfer.transport.base import Arrival
+from baton.kvtransfer.transport.base import Arrival, detach
 from baton.kvtransfer.transport.frames import Blocks, Header, parse_blocks
 from baton.kvtransfer.transport.listener import IncomingPair, Inlet
 from baton.kvtransfer.transport.stream import Payload
@@ -44,6 +44,8 @@ class ReceivingSide:
         self._expectations = Expectations(options.expect_wait_s, options.max_waiting_reservations, context.clock)
         self._pairs: dict[WorkerIdentity, IncomingPair] = {}
         self._retired: OrderedDict[WorkerIdentity, None] = OrderedDict()
+        self._shaking: dict[str, int] = {}  # handshakes under way, by worker: the number of the last one that began
+        self._num_handshakes = 0
         self._handoffs: dict[bytes, ReceiverHandoff] = {}  # by fence; those that ended too, for a while
         self._ended: deque[bytes] = deque()
         self._reservations = OpenReservations(options.limits.lease_s)
@@ -72,16 +74,30 @@ class ReceivingSide:
 
     # What senders say on the control plane.
 
-    def handshake(self, theirs: Handshake) -> HandshakeReply:
+    async def handshake(self, theirs: Handshake) -> HandshakeReply:
         """Pairs with a sender process. Raises TransferError: Incompatible, naming both values of what differs, or Fenced."""
         ours = self._context
-        self._check_receiver(theirs.receiver)
-        if theirs.sender in self._retired:
-            raise Fenced(f"{theirs.sender} was replaced by a newer process")
+        self._check_sender(theirs)
         version = choose_version(theirs, ours.compatibility)
         if (difference := mismatch(ours.compatibility, theirs.compatibility)) is not None:
             raise Incompatible(difference)
-        transport, source = choose_transport(theirs, ours.transports)
+        self._num_handshakes += 1
+        number = self._shaking[theirs.sender.worker_id] = self._num_handshakes
+        try:
+            transport, source = await choose_transport(theirs, ours.transports)
+        finally:
+            is_latest = self._shaking.get(theirs.sender.worker_id) == number
+            if is_latest:
+                del self._shaking[theirs.sender.worker_id]
+        try:
+            # Attaching may have taken a while.
+            self._check_sender(theirs)
+            if not is_latest:
+                raise TransferError(TransferCode.PEER_LOST, f"{theirs.sender.worker_id} shook hands again meanwhile")
+        except TransferError:
+            if source is not None:
+                detach(transport, source)
+            raise
         self._retire_others(theirs.sender)
         previous = self._pairs.get(theirs.sender)
         pair = IncomingPair(theirs.sender, ours.identity, transport, source, secrets.token_bytes(32), version)
@@ -233,6 +249,11 @@ class ReceivingSide:
         else:
             self._context.stats.failures[handoff.error.code.value] += 1
             _log.info("kv_handoff_failed", handoff=str(handoff.id), side="receiver", reason=str(handoff.error))
+
+    def _check_sender(self, theirs: Handshake) -> None:
+        self._check_receiver(theirs.receiver)
+        if theirs.sender in self._retired:
+            raise Fenced(f"{theirs.sender} was replaced by a newer process")
 
     def _check_receiver(self, receiver: WorkerIdentity) -> None:
         if receiver != self._context.identity:

@@ -51,7 +51,7 @@ class KVTransferServicer(pb_grpc.KVTransferServiceServicer):
     async def Handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeResponse:
         handshake = await _parse(wire.handshake_from_wire, request, context)
         try:
-            reply = self._receiving.handshake(handshake)
+            reply = await self._receiving.handshake(handshake)
         except TransferError as error:
             receiver = wire.identity_to_wire(self._identity)
             return pb.HandshakeResponse(refusal=wire.refusal_to_wire(error.code, error.message), receiver=receiver)

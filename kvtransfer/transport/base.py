@@ -8,7 +8,9 @@ receiver out of memory that it can reach (``shm``). Its verbs: ``offer``, ``atta
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,7 +58,13 @@ class Arrival:
 
 
 class Transport(Protocol):
-    """One way of moving blocks, for both directions of one worker. Lives on the event loop."""
+    """One way of moving blocks, for both directions of one worker. Lives on the event loop.
+
+    ``attaching``: where ``attach`` and ``detach`` run, since they ask a library or a driver, which can take its time. None:
+    they take none, and run on the event loop. Callers use the functions ``attach`` and ``detach`` of this module.
+    """
+
+    attaching: Executor | None
 
     @property
     def name(self) -> str: ...
@@ -97,3 +105,33 @@ class Transport(Protocol):
     async def close(self) -> None:
         """Ends every landing and returns when none is left."""
         ...
+
+
+async def attach(transport: Transport, offer: Offer) -> Source | None:
+    """``transport.attach`` where it belongs. What it gives to a caller that has been cancelled meanwhile is let go."""
+    if transport.attaching is None:
+        return transport.attach(offer)
+    running = transport.attaching.submit(transport.attach, offer)
+    try:
+        return await asyncio.wrap_future(running)
+    except asyncio.CancelledError:
+        if not running.cancelled():
+            running.add_done_callback(lambda done: _detach_late(transport, done))
+        raise
+
+
+def detach(transport: Transport, source: Source) -> None:
+    """``transport.detach`` where it belongs, after whatever is running there."""
+    if transport.attaching is not None:
+        try:
+            transport.attaching.submit(transport.detach, source)
+        except RuntimeError:  # it was closed: nothing runs there any more
+            pass
+        else:
+            return
+    transport.detach(source)
+
+
+def _detach_late(transport: Transport, done: Future[Source | None]) -> None:
+    if done.exception() is None and (source := done.result()) is not None:
+        transport.detach(source)

@@ -22,6 +22,7 @@ from baton.kvtransfer.crew import shared_checksums
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.mapping import host_id
 from baton.kvtransfer.memory import BlockMemory
+from baton.kvtransfer.rows import runs
 from baton.kvtransfer.staging import StagedBlockMemory
 from baton.kvtransfer.transport import cuda_runtime
 from baton.kvtransfer.transport.base import Arrival, Landed, Offer, Source
@@ -61,6 +62,7 @@ class CudaIpcTransport(RowCopier):
         # A thread of its own: a copy that hangs must not hold up other transports, and a stream has one user.
         self._threads = ThreadPoolExecutor(1, "kv-cuda-ipc", self._cuda.bind_thread)
         super().__init__(memory, self._threads, executor)
+        self.attaching = self._threads
         self._lock = threading.Lock()
         _addresses_here[handle] = self._address
         self._handle = handle
@@ -96,7 +98,8 @@ class CudaIpcTransport(RowCopier):
         self._threads.shutdown()
         _addresses_here.pop(self._handle, None)
         self._staging.mirror(None)
-        self._cuda.free(self._address)
+        # A peer may still be reading: that its handoff was given up here does not end a copy there.
+        self._cuda.retire(self._address, self._memory.rows.num_rows * self._memory.block_bytes)
 
     def _export(self) -> bytes:
         """The handle of our rows. Memory that cannot be exported is of no use."""
@@ -142,10 +145,11 @@ class CudaIpcTransport(RowCopier):
         with self._lock:
             peer.num_reads += 1
         try:
-            for from_row, to_row in zip(source_rows, rows, strict=True):
+            pairs = list(zip(source_rows, rows, strict=True))
+            for from_row, to_row, count in runs(pairs, max(1, len(pairs))):
                 ours = self._address + to_row * size
-                self._cuda.copy(ours, peer.address + from_row * size, size)
-                self._cuda.copy(host.address + to_row * size, ours, size)
+                self._cuda.copy(ours, peer.address + from_row * size, count * size)
+                self._cuda.copy(host.address + to_row * size, ours, count * size)
             self._cuda.wait()
         finally:
             with self._lock:

@@ -14,6 +14,10 @@ import torch
 HANDLE_BYTES = 64
 
 
+# Device and size -> allocations that are to be used again. As many as there were at once: a worker's rows have one size.
+_retired: dict[tuple[int, int], list[int]] = {}
+
+
 class CudaError(Exception):
     """A call of the CUDA runtime failed."""
 
@@ -45,7 +49,18 @@ class DeviceRuntime(Protocol):
         """Until all that was enqueued is done."""
         ...
 
-    def free(self, address: int) -> None: ...
+    def free(self, address: int) -> None:
+        """Memory that was never exported."""
+        ...
+
+    def retire(self, address: int, num_bytes: int) -> None:
+        """Memory that was exported: kept for the next ``allocate`` of this size.
+
+        Another process may have it open, or be copying out of it, for as long as it likes, and CUDA leaves undefined what
+        happens to those when it is freed before. What such a process reads then is another's bytes, and their checksum
+        is wrong.
+        """
+        ...
 
     def bind_thread(self) -> None:
         """Called first on each thread that uses it."""
@@ -73,6 +88,8 @@ class CudaRuntime:
         self._call("cudaSetDevice", self._device.index)
 
     def allocate(self, num_bytes: int) -> int:
+        if retired := _retired.get((self._device.index, num_bytes)):
+            return retired.pop()
         # Not from torch's allocator: a handle stands for a whole allocation, and torch puts many tensors into one.
         return int(self._call("cudaMalloc", num_bytes))
 
@@ -101,6 +118,9 @@ class CudaRuntime:
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
+
+    def retire(self, address: int, num_bytes: int) -> None:
+        _retired.setdefault((self._device.index, num_bytes), []).append(address)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._cuda, name)(*arguments)

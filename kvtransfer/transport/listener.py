@@ -17,7 +17,7 @@ import structlog
 from baton.kvtransfer.errors import RemoteProtocolError, TransferCode, TransferError
 from baton.kvtransfer.identity import WorkerIdentity, pair_digest
 from baton.kvtransfer.options import TransferOptions
-from baton.kvtransfer.transport.base import Source, Transport
+from baton.kvtransfer.transport.base import Source, Transport, detach
 from baton.kvtransfer.transport.frames import FrameKind, Header, pack_text, pack_verdicts
 from baton.kvtransfer.transport.sockets import SYSTEM_SOCKETS, Sockets
 from baton.kvtransfer.transport.stream import FrameStream, Outgoing, Payload
@@ -62,7 +62,7 @@ class IncomingPair:
             inlet.close()
         source, self.source = self.source, None
         if source is not None:
-            self.transport.detach(source)
+            detach(self.transport, source)
 
 
 class InletEvents(Protocol):

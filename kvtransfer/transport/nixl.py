@@ -53,6 +53,7 @@ class NixlTransport(RowCopier):
         # Threads of its own: a read that hangs must not hold up other transports.
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kv-nixl")
         super().__init__(memory, self._threads, executor)
+        self.attaching = self._threads
         self._lock = threading.Lock()  # NIXL's agent is used by one thread at a time
         self._name = uuid.uuid4().hex
         self._agent = _make_agent(self._name)

@@ -45,6 +45,7 @@ class ShapedTransport:
 
     def __init__(self, inner: Transport, link: ShapedLink, block_bytes: int, timers: Timers | None = None) -> None:
         self.name, self.kind, self.is_inline = inner.name, inner.kind, inner.is_inline
+        self.attaching = inner.attaching
         self._inner = inner
         self._link = link
         self._block_bytes = block_bytes

@@ -39,6 +39,7 @@ class RowCopier:
 
     kind: ClassVar[FrameKind] = FrameKind.BLOCK_REFS
     is_inline: ClassVar[bool] = False
+    attaching: Executor | None = None
     waits_for_peer: ClassVar[bool] = False  # a copy can take long: it is never made on the event loop
 
     def __init__(self, memory: BlockMemory, executor: Executor, crew: Executor | None = None) -> None:

@@ -26,6 +26,7 @@ class TcpTransport:
     name: ClassVar[str] = "tcp"
     kind: ClassVar[FrameKind] = FrameKind.BLOCKS
     is_inline: ClassVar[bool] = True
+    attaching: Executor | None = None
 
     def __init__(self, memory: BlockMemory, executor: Executor) -> None:
         self.memory = memory

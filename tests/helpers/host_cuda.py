@@ -12,6 +12,9 @@ from baton.kvtransfer.transport.cuda_runtime import HANDLE_BYTES, CudaError
 _numbers = itertools.count(1)
 _exported: dict[bytes, int] = {}
 
+retired: list[torch.Tensor] = []
+"""Memory that is kept since somebody may still have it open."""
+
 
 class HostCuda:
     """A ``DeviceRuntime``. ``fail_with``: what the next wait raises. ``num_opened`` counts handles that are not closed."""
@@ -61,3 +64,6 @@ class HostCuda:
         del self._allocated[address]
         for handle in [handle for handle, known in _exported.items() if known == address]:
             del _exported[handle]
+
+    def retire(self, address: int, num_bytes: int) -> None:
+        retired.append(self._allocated.pop(address))

@@ -101,4 +101,5 @@ async def test_a_peer_that_is_gone_is_forgotten() -> None:
             await hand_over(sender, receiver, Prompt([1]))
             assert len(receiver.agent._context.transports["nixl"]._remotes) == 1  # type: ignore[attr-defined]
         await eventually(lambda: not receiver.agent._receiving._pairs, timeout_s=30)
-        assert receiver.agent._context.transports["nixl"]._remotes == {}  # type: ignore[attr-defined]
+        # On the transport's thread, so perhaps a moment later.
+        await eventually(lambda: receiver.agent._context.transports["nixl"]._remotes == {})  # type: ignore[attr-defined]

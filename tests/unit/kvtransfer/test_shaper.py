@@ -70,6 +70,7 @@ class InstantTransport:
     """Blocks are there as soon as they are announced; ``outcome`` says which of them are right."""
 
     name, kind, is_inline = "instant", FrameKind.BLOCK_REFS, False
+    attaching = None
     outcome = staticmethod(lambda arrival: Landed(tuple((index, 0) for index in arrival.blocks.indices)))
 
     def land(self, arrival: Arrival) -> None:
