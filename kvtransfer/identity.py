@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, lru_cache
+from itertools import chain, repeat
 
-_LENGTH_AND_INDEX = struct.Struct("<II")
-_CHECKSUM = struct.Struct("<Q")
+_MAX_ENTRIES = 512  # of a manifest, put together by one call
+_FIXED_BYTES = 12  # of an entry: index and checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,31 @@ def pair_digest(sender: WorkerIdentity, receiver: WorkerIdentity) -> bytes:
 
 def manifest_digest(blocks: Iterable[tuple[int, bytes, int]]) -> bytes:
     """BLAKE2b-128 over (index, name, checksum) of the blocks that were sent, in index order."""
-    # Both sides wait for this at the end of a handoff, so it is put together in one go: the length that ``_digest`` puts
-    # before each part, then the part. Column by column, since there are thousands of blocks.
     indices, names, checksums = list(zip(*blocks, strict=True)) or [()] * 3
-    heads = map(_LENGTH_AND_INDEX.pack, [12 + len(name) for name in names], indices)
-    parts = zip(heads, names, map(_CHECKSUM.pack, checksums), strict=True)
-    return hashlib.blake2b(b"".join(chain.from_iterable(parts)), digest_size=16).digest()
+    return manifest_digest_of(indices, names, checksums)
+
+
+def manifest_digest_of(indices: Sequence[int], names: Sequence[bytes], checksums: Sequence[int]) -> bytes:
+    """The same, of columns of equal length."""
+    # Both sides wait for this at the end of a handoff, and there are thousands of blocks: hundreds of them are put together
+    # by one call, each with the length before it that ``_digest`` puts before a part.
+    if not len(indices) == len(names) == len(checksums):
+        raise ValueError(f"{len(indices)} indices, {len(names)} names, {len(checksums)} checksums")
+    sizes = set(map(len, names))
+    step = _MAX_ENTRIES if len(sizes) == 1 else 1
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(indices), step):
+        part = slice(start, start + step)
+        size = len(names[start])
+        rows = zip(repeat(_FIXED_BYTES + size), indices[part], names[part], checksums[part], strict=False)
+        digest.update(_entries(size, len(indices[part])).pack(*chain.from_iterable(rows)))
+    return digest.digest()
+
+
+@lru_cache(maxsize=64)
+def _entries(name_bytes: int, count: int) -> struct.Struct:
+    """So many entries of a manifest after each other: bytes that follow, index, name, checksum."""
+    return struct.Struct("<" + f"II{name_bytes}sQ" * count)
 
 
 def _words(identity: WorkerIdentity) -> tuple[str, str]:

@@ -212,7 +212,8 @@ class ReceiverHandoff:
 
     def _take_slots(self, slots: tuple[m.Slot, ...]) -> None:
         try:
-            if not all(0 <= slot.block_id < self._context.memory.num_blocks for slot in slots):
+            block_ids = [slot[1] for slot in slots]
+            if block_ids and not (min(block_ids) >= 0 and max(block_ids) < self._context.memory.num_blocks):
                 raise LocalProtocolError("a slot outside the pool")
             self.feed(m.SlotsReserved(slots))
         except LocalProtocolError as error:

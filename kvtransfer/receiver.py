@@ -7,7 +7,7 @@ import hmac
 from baton.kvtransfer import bitmap
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.errors import Fenced, TransferCode, TransferError
-from baton.kvtransfer.identity import HandoffId, manifest_digest
+from baton.kvtransfer.identity import HandoffId, manifest_digest_of
 from baton.kvtransfer.machine import Machine
 from baton.kvtransfer.protocol import RECEIVER, HandoffLimits, ReceiverState
 
@@ -70,8 +70,9 @@ class Receiver(Machine[ReceiverState]):
     # Questions.
 
     def _is_slots_fit(self, event: m.SlotsReserved) -> bool:
-        indices = [slot.index for slot in event.slots]
-        return len(set(indices)) == len(indices) and all(0 <= index < len(self._block_names) for index in indices)
+        indices = {slot[0] for slot in event.slots}
+        is_inside = not indices or (min(indices) >= 0 and max(indices) < len(self._block_names))
+        return len(indices) == len(event.slots) and is_inside
 
     def _is_outside_grant(self, event: m.Push) -> bool:
         indices = _indices(event)
@@ -103,8 +104,8 @@ class Receiver(Machine[ReceiverState]):
         assert commit is not None
         checksums = self._checksums if isinstance(event, m.Commit) else {**self._checksums, **dict(event.landed)}
         indices = tuple(bitmap.indices(self._granted))
-        names = map(self._block_names.__getitem__, indices)
-        return manifest_digest(zip(indices, names, map(checksums.__getitem__, indices), strict=True)) != commit.digest
+        names = tuple(map(self._block_names.__getitem__, indices))
+        return manifest_digest_of(indices, names, tuple(map(checksums.__getitem__, indices))) != commit.digest
 
     # Deeds.
 
@@ -123,7 +124,7 @@ class Receiver(Machine[ReceiverState]):
         return [m.StopReserving()]
 
     def _do_take_slots(self, event: m.SlotsReserved, now: float) -> None:
-        self.slots = {slot.index: slot for slot in event.slots}
+        self.slots = {slot[0]: slot for slot in event.slots}
         self._granted = bitmap.of(self.slots)
         self._granted_s = now
         self._timers.pop(m.ReserveOverdue, None)

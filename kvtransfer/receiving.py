@@ -278,7 +278,7 @@ class ReceivingSide:
 
     def _check_manifest(self, message: m.Reserve, pair: IncomingPair) -> None:
         layout, names = self._context.compatibility.layout, message.block_names
-        if any(len(name) != BLOCK_NAME_BYTES for name in names):
+        if not set(map(len, names)) <= {BLOCK_NAME_BYTES}:
             raise RemoteProtocolError(f"a block name that has not {BLOCK_NAME_BYTES} bytes")
         if not names or len(names) != layout.num_blocks(message.num_tokens):
             raise RemoteProtocolError(f"{message.num_tokens} tokens in {len(names)} blocks of {layout.block_size}")

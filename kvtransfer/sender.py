@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from baton.kvtransfer import bitmap
 from baton.kvtransfer import messages as m
 from baton.kvtransfer.errors import TransferCode, TransferError
-from baton.kvtransfer.identity import HandoffId, manifest_digest
+from baton.kvtransfer.identity import HandoffId, manifest_digest_of
 from baton.kvtransfer.machine import Machine
 from baton.kvtransfer.protocol import SENDER, HandoffLimits, SenderState
 
@@ -82,8 +82,9 @@ class Sender(Machine[SenderState]):
         return self._is_out(self._sent | self._newly_sent(event))
 
     def _is_nonsense(self, event: m.Grant) -> bool:
-        indices = {slot.index for slot in event.slots}
-        return len(indices) != len(event.slots) or not all(0 <= index < len(self.block_names) for index in indices)
+        indices = {slot[0] for slot in event.slots}
+        is_inside = not indices or (min(indices) >= 0 and max(indices) < len(self.block_names))
+        return len(indices) != len(event.slots) or not is_inside
 
     def _is_finished(self, event: m.Event) -> bool:
         return self._first_token is not None
@@ -139,7 +140,7 @@ class Sender(Machine[SenderState]):
         self._first_token = event.first_token
 
     def _do_accept(self, event: m.Grant, now: float) -> None:
-        self._slots = {slot.index: slot for slot in event.slots}
+        self._slots = {slot[0]: slot for slot in event.slots}
         self._granted = bitmap.of(self._slots)
         self._token = event.token
         self._granted_s = now
@@ -188,8 +189,8 @@ class Sender(Machine[SenderState]):
         self._round += 1
         self._timers[m.AckOverdue] = now + self.limits.ack_timeout_s
         indices = tuple(bitmap.indices(self._granted))
-        names = map(self.block_names.__getitem__, indices)
-        digest = manifest_digest(zip(indices, names, map(self._checksums.__getitem__, indices), strict=True))
+        names = tuple(map(self.block_names.__getitem__, indices))
+        digest = manifest_digest_of(indices, names, tuple(map(self._checksums.__getitem__, indices)))
         num_bytes = self._granted.bit_count() * self._block_bytes
         return [m.Send(m.Commit(self.handoff, digest, self._first_token, num_bytes, self._round))]
 

@@ -230,7 +230,9 @@ def reserve_answer_to_wire(answer: m.Grant | m.Refuse | None) -> pb.ReserveRespo
         return pb.ReserveResponse(waiting=pb.Waiting())
     if isinstance(answer, m.Refuse):
         return pb.ReserveResponse(refusal=refusal_to_wire(answer.code, answer.reason))
-    slots = [pb.Slot(index=s.index, block_id=s.block_id, generation=s.generation) for s in answer.slots]
+    slots = [
+        pb.Slot(index=index, block_id=block_id, generation=generation) for index, block_id, generation in answer.slots
+    ]
     grant = pb.Grant(slots=slots, lease_ms=round(answer.lease_s * 1e3), transfer_token=answer.token)
     return pb.ReserveResponse(grant=grant)
 

@@ -28,6 +28,7 @@ from baton.load.transfer_peer import (
     as_argument,
     make_agent,
     receiver,
+    rested_collector,
     round_trip_s,
 )
 
@@ -162,7 +163,8 @@ async def _pair(spec: PeerSpec) -> AsyncIterator[tuple[TransferAgent, str]]:
         async with _receiver(spec) as address:
             await agent.start()
             try:
-                yield agent, address
+                with rested_collector():
+                    yield agent, address
             finally:
                 await agent.close()
     finally:

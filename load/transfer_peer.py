@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 
 import grpc.aio
@@ -136,7 +137,19 @@ async def receive(spec: PeerSpec) -> None:
     """Serves until standard input ends. The first line of output is the gRPC address."""
     async with receiver(spec) as address:
         print(address, flush=True)
-        await asyncio.to_thread(sys.stdin.read)
+        with rested_collector():
+            await asyncio.to_thread(sys.stdin.read)
+
+
+@contextmanager
+def rested_collector() -> Iterator[None]:
+    """What is there already is not looked through again and again: as in a worker that serves."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 async def round_trip_s(address: str, repeats: int = 50) -> float:
