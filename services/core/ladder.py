@@ -168,20 +168,22 @@ class Ladder:
             commands += self._attempt_failed(part, error, now)
         return commands
 
-    def take_next(self, attempt: int, incarnation: str, index: int, token_id: int) -> bool:
-        """``on_output`` for nearly all outputs: a decode worker's next token in the middle of a generation, to be passed on.
+    def take_next(self, attempt: int, incarnation: str, first_index: int, token_ids: Sequence[int]) -> bool:
+        """``on_output`` for nearly all outputs: a decode worker's next tokens in the middle of a generation, to be passed on.
 
         False: it is something else, and nothing has changed.
         """
         part = self._parts.get(incarnation)
         if part is None or not part.is_decode or self.state is not LadderState.RUNNING:
             return False
-        if attempt != self.attempts[-1].number or not self.token_ids or len(self.token_ids) >= self._max_tokens:
+        if attempt != self.attempts[-1].number or not self.token_ids:
             return False
-        if not self._order.take_next(index):
+        if len(self.token_ids) + len(token_ids) > self._max_tokens or not self._order.take_next(
+            first_index, len(token_ids)
+        ):
             return False
         self._decode_goes_on = True
-        self.token_ids.append(token_id)
+        self.token_ids += token_ids
         return True
 
     def on_lost(self, attempt: int, incarnation: str, error: BatonError, now: float) -> list[Command]:

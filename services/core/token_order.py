@@ -37,11 +37,11 @@ class TokenOrder:
         """The first token is out."""
         return self._next_index > self._first_index
 
-    def take_next(self, index: int) -> bool:
-        """``push`` of one token that ends nothing, where it is the next and nothing waits for it. Else False."""
-        if index != self._next_index or self._waiting or self._ended:
+    def take_next(self, first_index: int, num_tokens: int) -> bool:
+        """``push`` of tokens that end nothing, where they are the next and nothing waits for them. Else False."""
+        if first_index != self._next_index or self._waiting or self._ended:
             return False
-        self._next_index += 1
+        self._next_index += num_tokens
         return True
 
     def push(self, delta: TokenDelta) -> list[TokenDelta]:

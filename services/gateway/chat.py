@@ -107,7 +107,7 @@ class ChatAnswer(Answer):
                     if piece.tokens or piece.finish_reason is not None:
                         chunk += event(self._piece_chunk(piece, {"content": piece.text} if piece.text else {}))
                 elif piece.text:
-                    chunk += texts[piece.choice_index].render(piece.text)
+                    chunk += texts[piece.choice_index].render_each(piece.texts)
                 if chunk:
                     yield chunk
         if options.include_usage:

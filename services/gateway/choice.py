@@ -32,6 +32,7 @@ class ChoicePiece(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # in the first piece, if asked for
     prompt_text: str = ""  # in the first piece, if it is echoed
     parts: tuple[Part, ...] | None = None  # what the text says, where it is more than content
+    texts: tuple[str, ...] = ()  # the text in the pieces in which it came, each of one token as a rule
 
 
 class ChoiceAssembler:
@@ -68,8 +69,8 @@ class ChoiceAssembler:
         if delta.first_index != self.num_tokens:
             message = f"tokens from index {delta.first_index} on, expected {self.num_tokens}"
             raise BatonError(ErrorCode.INTERNAL, message)
-        if self._stop is None and delta.finish_reason is None and self._has_started and len(delta.tokens) == 1:
-            return self._feed_one(delta.tokens[0])
+        if self._stop is None and delta.finish_reason is None and self._has_started:
+            return self._feed_plain(delta.tokens)
         is_first, self._has_started = not self._has_started, True
         texts: list[str] = []
         tokens: list[OutputToken] = []
@@ -102,15 +103,22 @@ class ChoiceAssembler:
             delta.stop_token_id if matched is None else matched,
             delta.prompt_logprobs if is_first else None,
             self._detokenizer.prompt_text if is_first else "",
+            texts=tuple(texts),
         )
 
-    def _feed_one(self, token: SampledToken) -> ChoicePiece:
-        """``feed`` for nearly all deltas: one token in the middle of a generation without stop strings."""
-        text = self._detokenizer.push(token.token_id)
-        output = OutputToken(token, self._detokenizer.last_piece, self._num_chars)
-        self._num_chars += len(text)
-        self.num_tokens += 1
-        return ChoicePiece(self._index, text, (output,))
+    def _feed_plain(self, tokens: tuple[SampledToken, ...]) -> ChoicePiece:
+        """``feed`` for nearly all deltas: tokens in the middle of a generation without stop strings."""
+        detokenizer, num_chars = self._detokenizer, self._num_chars
+        texts: list[str] = []
+        outputs: list[OutputToken] = []
+        for token in tokens:
+            text = detokenizer.push(token.token_id)
+            outputs.append(OutputToken(token, detokenizer.last_piece, num_chars))
+            texts.append(text)
+            num_chars += len(text)
+        self._num_chars = num_chars
+        self.num_tokens += len(tokens)
+        return ChoicePiece(self._index, "".join(texts), tuple(outputs), texts=tuple(texts))
 
     def _emit(self, text: str, texts: list[str]) -> str | None:
         """Adds what of ``text`` may be shown now; returns the stop string that it completed."""

@@ -97,8 +97,10 @@ class CompletionAnswer(Answer):
                 if not is_plain or piece.finish_reason is not None:
                     if piece.tokens or piece.is_first or piece.finish_reason is not None:
                         yield event(self._piece_chunk(piece, prompt_chars[piece.choice_index]))
-                elif text := piece.prompt_text + piece.text:
-                    yield texts[piece.choice_index].render(text)
+                elif piece.prompt_text:
+                    yield texts[piece.choice_index].render(piece.prompt_text + piece.text)
+                elif piece.text:
+                    yield texts[piece.choice_index].render_each(piece.texts)
         if options.include_usage:
             yield event(self.envelope(self.object_name) | {"choices": [], "usage": self.usage()})
 

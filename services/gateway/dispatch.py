@@ -25,7 +25,7 @@ from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.layouts import block_bytes
 from baton.services.gateway.mailbox import Mailbox
-from baton.services.gateway.outputs import part_output, plain_token
+from baton.services.gateway.outputs import part_output, take_plain
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.worker_link import Arrival, WorkerLink
@@ -167,13 +167,10 @@ class WorkerDispatcher:
 
     def _on_arrival(self, run: _Run, arrival: Arrival) -> list[TokenDelta]:
         ladder, incarnation = run.ladder, arrival.link.incarnation
-        token = None if arrival.output is None else plain_token(arrival.output)
-        if token is not None and ladder.take_next(
-            arrival.attempt, incarnation, token.first_index, token.tokens[0].token_id
-        ):
-            run.record.completion_tokens += 1
+        if (delta := take_plain(run.ladder, arrival, run.arrivals)) is not None:
+            run.record.completion_tokens += len(delta.tokens)
             told = run.told_cached_tokens == run.record.cached_tokens
-            return [token if told else self._with_cached_tokens(run, token)]
+            return [delta if told else self._with_cached_tokens(run, delta)]
         now_s = self._clock()
         if arrival.failure is not None:
             return self._do(run, ladder.on_lost(arrival.attempt, incarnation, arrival.failure, now_s))

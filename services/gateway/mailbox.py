@@ -37,6 +37,10 @@ class Mailbox(Generic[T]):
         if reader is not None and self._items and not reader.done():
             reader.set_result(None)
 
+    def peek(self) -> T | None:
+        """What ``get_nowait`` would return; None where there is nothing."""
+        return self._items[0] if self._items else None
+
     def get_nowait(self) -> T:
         """Raises IndexError where there is nothing."""
         return self._items.popleft()

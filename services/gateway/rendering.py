@@ -29,6 +29,12 @@ class ChunkText:
         """The event for ``text``."""
         return self._head + orjson.dumps(text) + self._tail
 
+    def render_each(self, texts: Sequence[str]) -> bytes:
+        """An event for each text that is not empty: tokens that came together are told apart all the same."""
+        if len(texts) == 1:
+            return self.render(texts[0]) if texts[0] else b""
+        return b"".join([self._head + orjson.dumps(text) + self._tail for text in texts if text])
+
 
 class Answer:
     """One generation's identity, as every chunk and body of it carries it."""

@@ -311,9 +311,9 @@ def test_the_next_token_in_the_middle_is_taken_without_ceremony_and_nothing_else
     prefill, decode = world.choose()
     assert prefill is not None
     ladder = world.ladder
-    assert not ladder.take_next(1, decode, 0, 10), "the first one is no ordinary token"
+    assert not ladder.take_next(1, decode, 0, [10]), "the first one is no ordinary token"
     world.say(decode, PartOutput(tokens(1, 11)))
-    assert not ladder.take_next(1, decode, 2, 12), "one before it is missing"
+    assert not ladder.take_next(1, decode, 2, [12]), "one before it is missing"
     world.say(prefill, PartOutput(tokens(0, 10)))
     for attempt, incarnation, index in (
         (2, decode, 2),
@@ -322,11 +322,25 @@ def test_the_next_token_in_the_middle_is_taken_without_ceremony_and_nothing_else
         (1, decode, 1),
         (1, decode, 3),
     ):
-        assert not ladder.take_next(attempt, incarnation, index, 12)
-    assert ladder.take_next(1, decode, 2, 12)
+        assert not ladder.take_next(attempt, incarnation, index, [12])
+    assert ladder.take_next(1, decode, 2, [12])
     assert ladder.token_ids == [10, 11, 12]
     world.emitted.append(12)
     world.say(decode, PartOutput(tokens(3, 13)))
-    assert ladder.take_next(1, decode, 4, 14)
-    assert not ladder.take_next(1, decode, 5, 15), "more than was asked for is a failure"
+    assert ladder.take_next(1, decode, 4, [14])
+    assert not ladder.take_next(1, decode, 5, [15]), "more than was asked for is a failure"
     assert ladder.token_ids == [10, 11, 12, 13, 14]
+
+
+def test_several_next_tokens_are_taken_whole_or_not_at_all() -> None:
+    world = make(max_tokens=6)
+    prefill, decode = world.choose()
+    assert prefill is not None
+    ladder = world.ladder
+    world.say(prefill, PartOutput(tokens(0, 10)))
+    assert ladder.take_next(1, decode, 1, [11, 12])
+    assert not ladder.take_next(1, decode, 2, [12, 13]), "one of them was there already"
+    assert not ladder.take_next(1, decode, 3, [13, 14, 15, 16]), "one more than was asked for"
+    assert ladder.token_ids == [10, 11, 12]
+    assert ladder.take_next(1, decode, 3, [13, 14, 15])
+    assert ladder.token_ids == [10, 11, 12, 13, 14, 15]

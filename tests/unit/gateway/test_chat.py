@@ -321,6 +321,21 @@ async def test_several_tokens_in_a_delta_stop_at_the_stop_string(client: httpx.A
     assert answer["usage"]["completion_tokens"] < len(ids)
 
 
+async def test_tokens_that_came_together_leave_in_events_of_their_own(
+    client: httpx.AsyncClient, gateway: Gateway
+) -> None:
+    tokens = [SampledToken(token_id) for token_id in gateway.dispatcher.encode(REPLY)]
+    gateway.dispatcher.script = lambda request: [
+        TokenDelta(0, tuple(tokens[:1])),
+        TokenDelta(1, tuple(tokens[1:])),
+        TokenDelta(len(tokens), (), FinishReason.LENGTH),
+    ]
+    response = await client.post("/v1/chat/completions", json=chat_body(stream=True, max_tokens=len(tokens)))
+    contents = [event["choices"][0]["delta"].get("content") for event in events_of(response.text)]
+    assert "".join(filter(None, contents)) == REPLY
+    assert len(list(filter(None, contents))) == len(tokens)
+
+
 async def test_a_gap_in_the_indices_is_an_error_not_an_answer(client: httpx.AsyncClient, gateway: Gateway) -> None:
     token = (SampledToken(gateway.dispatcher.encode("the")[0]),)
     gateway.dispatcher.script = lambda request: [TokenDelta(0, token), TokenDelta(2, token, FinishReason.STOP)]

@@ -8,6 +8,9 @@ import httpx
 import pytest
 from helpers.gateway_api import MAX_MODEL_LEN, REPLY, Gateway, completion_body, events_of
 
+from baton.services.core.request import FinishReason, SampledToken
+from baton.services.core.token_order import TokenDelta
+
 
 async def complete(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     response = await client.post("/v1/completions", json=completion_body(**fields))
@@ -47,6 +50,24 @@ async def test_stream_joins_to_the_whole_answer(client: httpx.AsyncClient) -> No
     assert joined(events)["text"] == whole["choices"][0]["text"]
     assert (events[-1]["choices"], events[-1]["usage"]) == ([], whole["usage"])
     assert all(event["usage"] is None for event in events[:-1])
+
+
+async def test_tokens_that_came_together_leave_in_events_of_their_own(
+    client: httpx.AsyncClient, gateway: Gateway
+) -> None:
+    ids = gateway.dispatcher.encode(REPLY)
+    tokens = [SampledToken(token_id) for token_id in ids]
+    gateway.dispatcher.script = lambda request: [
+        TokenDelta(0, tuple(tokens[:1])),
+        TokenDelta(1, tuple(tokens[1:])),
+        TokenDelta(len(ids), (), FinishReason.LENGTH),
+    ]
+    events = await complete_stream(client, max_tokens=len(ids))
+    assert joined(events) == {"text": REPLY, "finish_reason": "length", "logprobs": None}
+    texts = [event["choices"][0]["text"] for event in events]
+    assert len([text for text in texts if text]) == len(ids)
+    with_stop = joined(await complete_stream(client, max_tokens=len(ids), stop="brown"))
+    assert (with_stop["text"], with_stop["finish_reason"]) == (REPLY.partition("brown")[0], "stop")
 
 
 async def test_default_is_sixteen_tokens_or_what_is_left(client: httpx.AsyncClient, gateway: Gateway) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from helpers.dispatching import (
     TRANSFER,
+    Dispatching,
     dispatching,
     hand_over,
+    known_link,
     take_over,
     whole,
 )
@@ -17,7 +20,9 @@ from helpers.waiting import eventually
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
+from baton.services.core.request import FinishReason, SamplingParams
 from baton.services.core.tenants import Tenant
+from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import SloTarget
 
 
@@ -185,4 +190,54 @@ async def test_cached_tokens_are_those_of_the_attempt_that_computed_the_prompt()
     async with dispatching((), (fail_first, fail_first)) as (made, _, _decode):
         await made.generate(made.request())
         assert made.ended[0].cached_tokens == 16
+        made.assert_done()
+
+
+async def _deltas_of(made: Dispatching, worker: ScriptedWorker, outputs: list[pb.RequestOutput]) -> list[TokenDelta]:
+    """Of a generation whose outputs are all there, each on its own, before the first is looked at."""
+    request = made.request()
+    request.sampling = SamplingParams(max_tokens=sum(len(output.tokens) for output in outputs), temperature=0.0)
+    generation = made.dispatcher.generate(request)
+    first = asyncio.ensure_future(anext(generation))
+    await eventually(lambda: bool(worker.starts))
+    link = known_link(made, "decode-0")
+    for output in outputs:
+        output.request_id, output.attempt = request.request_id, 1
+        link._deliver(output)
+    link._bell.ring()
+    deltas = [await first]
+    async for delta in generation:
+        deltas.append(delta)
+    return deltas
+
+
+def _said(first_index: int, *token_ids: int, **fields: Any) -> pb.RequestOutput:
+    return pb.RequestOutput(first_index=first_index, tokens=[pb.Token(token_id=i) for i in token_ids], **fields)
+
+
+async def test_tokens_that_wait_are_passed_on_together_up_to_what_says_more() -> None:
+    outputs = [
+        _said(0, 100, prefill=pb.PrefillReport()),
+        _said(1, 101),
+        _said(2, 102, 103),
+        _said(4, 104, transfer=TRANSFER),
+        _said(5, 105),
+        _said(6, 106, finish_reason=pb.FINISH_REASON_LENGTH),
+    ]
+    async with dispatching((), (silent,)) as (made, _, (d,)):
+        deltas = await _deltas_of(made, d, outputs)
+        told = [(delta.first_index, [token.token_id for token in delta.tokens]) for delta in deltas]
+        assert told == [(0, [100]), (1, [101, 102, 103]), (4, [104]), (5, [105]), (6, [106])]
+        assert [delta.finish_reason for delta in deltas] == [None] * 4 + [FinishReason.LENGTH]
+        record = made.ended[0]
+        assert (record.outcome, record.completion_tokens, record.transfer) == ("length", 7, TRANSFER)
+        made.assert_done()
+
+
+async def test_no_more_than_a_bounded_number_of_tokens_is_passed_on_together() -> None:
+    outputs = [_said(0, 7, prefill=pb.PrefillReport()), *(_said(index, 7) for index in range(1, 300))]
+    outputs.append(_said(300, 7, finish_reason=pb.FINISH_REASON_LENGTH))
+    async with dispatching((), (silent,)) as (made, _, (d,)):
+        sizes = [len(delta.tokens) for delta in await _deltas_of(made, d, outputs)]
+        assert sizes == [1, 64, 64, 64, 64, 43, 1]
         made.assert_done()
