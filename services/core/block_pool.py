@@ -10,7 +10,8 @@ A block has two possible owners at once, requests and transfers, each with a cou
     free        0             0              none     yes, before any cached one
 
 Reuse order is exact: blocks that hold nothing, then cached blocks by the time their last holder let go. A holder lets
-go of its blocks tail first, so a chain loses its tail before its shared head. Every operation is O(1) a block.
+go of its blocks tail first, so a chain loses its tail before its shared head. Every operation is O(1) a block. Where
+conversations keep blocks, ``retention`` says which cached block is next; without them it is not asked.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from baton.services.core.block_state import Block, BlockCounts, BlockState, Hold, LedgerEntry, Owner
+from baton.services.core.retention import Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class NameEvents:
 class BlockPool:
     """A fixed number of blocks with ids from 0. Not thread-safe: one thread owns it."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_kept_blocks: int = 0) -> None:
+        """``max_kept_blocks``: how many of them conversations may keep."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} blocks of {block_size} tokens")
         self.block_size = block_size
@@ -47,6 +50,8 @@ class BlockPool:
         self._num_request = 0
         self._num_transfer = 0
         self._changed_names: dict[bytes, bool] = {}  # name -> it can be found
+        self.retention = Retention(max_kept_blocks, num_blocks, self._cached)
+        self._aside = self.retention.aside  # cached as well
 
     @property
     def num_blocks(self) -> int:
@@ -55,7 +60,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that ``allocate`` can give out now, evicting cached ones where it must."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) + len(self._aside)
 
     # Taking and letting go
 
@@ -68,13 +73,16 @@ class BlockPool:
             raise ValueError(f"{num_blocks} blocks wanted, {self.num_available} of {self.num_blocks} available")
         free, cached, blocks = self._free, self._cached, self._blocks
         is_request = hold.owner is Owner.REQUEST
+        retention = self.retention if self.retention.is_active else None
+        if retention is not None:
+            retention.lapse(self.now_s)
         taken: list[int] = []
         for _ in range(num_blocks):
             if free:
                 block_id = free.pop()
                 block = blocks[block_id]
             else:
-                block_id, _none = cached.popitem(last=False)
+                block_id = cached.popitem(last=False)[0] if retention is None else retention.take()
                 block = blocks[block_id]
                 self._forget_name(block)
             block.generation += 1
@@ -98,9 +106,10 @@ class BlockPool:
         for block_id in block_ids:
             block = self._blocks[block_id]
             if not block.request_refs and not block.transfer_refs:
-                if block_id not in self._cached:
+                if block_id in self._cached:
+                    del self._cached[block_id]
+                elif self._aside.pop(block_id, None) is None:
                     raise ValueError(f"block {block_id} holds nothing that could be shared")
-                del self._cached[block_id]
                 if is_request:
                     self._num_request += 1
                 else:
@@ -148,6 +157,9 @@ class BlockPool:
                 free.append(block_id)
             else:
                 cached[block_id] = None
+        if hold.session is not None:
+            named = [block_id for block_id in block_ids if blocks[block_id].name is not None]
+            self.retention.keep(hold.session, named, self.now_s)
 
     def quarantine(self, block_ids: Sequence[int], hold: Hold) -> None:
         """Take blocks from a transfer that gave up while writes could still land. They stay out of use, ``hold`` with them.
@@ -195,6 +207,7 @@ class BlockPool:
             return True
         self._forget_name(block)
         if name in self._by_name:
+            self.retention.forget(block_id)
             return False
         block.name = name
         self._by_name[name] = block_id
@@ -226,12 +239,14 @@ class BlockPool:
 
     def clear_cache(self) -> int:
         """Forget every cached block; how many. Blocks that are held keep their names."""
-        num_cached = len(self._cached)
-        for block_id in self._cached:
+        cached = [*self._aside, *self._cached]
+        for block_id in cached:
+            self.retention.forget(block_id)
             self._forget_name(self._blocks[block_id])
-        self._free.extend(reversed(self._cached))
+        self._free.extend(reversed(cached))
         self._cached.clear()
-        return num_cached
+        self._aside.clear()
+        return len(cached)
 
     # The ledger
 
@@ -249,7 +264,7 @@ class BlockPool:
         return BlockCounts(
             total=len(self._blocks),
             free=len(self._free),
-            cached=len(self._cached),
+            cached=len(self._cached) + len(self._aside),
             request=self._num_request,
             transfer=self._num_transfer,
             quarantine=len(self._quarantine),
@@ -297,7 +312,8 @@ class BlockPool:
         for state, num in Counter(dict.fromkeys(BlockState, 0) | Counter(states)).items():
             if counts.by_state(state) != num:
                 yield f"{num} blocks are in state {state}, but {counts.by_state(state)} are counted"
-        for state, listed in ((BlockState.FREE, self._free), (BlockState.CACHED, self._cached)):
+        cached = [*self._cached, *self._aside]
+        for state, listed in ((BlockState.FREE, self._free), (BlockState.CACHED, cached)):
             in_state = {block_id for block_id, its in enumerate(states) if its is state}
             if wrong := sorted(in_state.symmetric_difference(listed)):
                 yield f"blocks {_some(wrong)} are {state}, or in the list of {state} blocks, but not both"
@@ -309,6 +325,7 @@ class BlockPool:
             yield f"blocks {_some(wrong)} have names that find other blocks"
         if len(self._by_name) != len(named):
             yield f"{len(self._by_name)} names are known for {len(named)} named blocks"
+        yield from self.retention.contradictions(named, cached)
         num_refs = sum(block.request_refs + block.transfer_refs for block in self._blocks)
         if (held := sum(h.num_blocks for h in self._holds)) != num_refs + len(self._quarantine):
             yield f"holders count {held} blocks, the blocks {num_refs} + {len(self._quarantine)} references"

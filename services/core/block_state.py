@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
+from baton.services.core.retention import Session
+
 
 class Owner(Enum):
     """The two kinds of owners that a block may have at once."""
@@ -32,6 +34,7 @@ class Hold:
     deadline_s: float | None = None
     num_blocks: int = 0  # kept by the pool, as is
     since_s: float = 0.0  # when it began to hold blocks, or left them in quarantine
+    session: Session | None = None  # the conversation that keeps the blocks afterwards
 
     def __str__(self) -> str:
         return f"{self.owner.value} {self.holder}"
