@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from baton.services.core.retention import SessionTag
 from baton.services.core.slo import ServiceLevel
 
 
@@ -100,6 +101,7 @@ class Request:
     arrival_s: float = 0.0  # worker's monotonic clock
     deadline_s: float | None = None
     service: ServiceLevel = field(default_factory=ServiceLevel)
+    session: SessionTag | None = None  # the conversation that keeps its blocks afterwards
     state: RequestState = RequestState.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

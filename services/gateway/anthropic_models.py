@@ -39,5 +39,9 @@ class MessagesBody(CountTokensBody):
     min_tokens: int | None = Field(None, description="No end before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on behind the end-of-sequence token.")
     cache_salt: str | None = Field(None, description="Requests with different salts share no cache.")
-    session_id: str | None = Field(None, description="Names the conversation.")
+    session_id: str | None = Field(None, description="Names the conversation, whose blocks are kept between turns.")
+    session_ttl_s: float | None = Field(None, description="Seconds that they are kept after this turn.")
+    cache_control: dict[str, Any] | None = Field(
+        None, description='{"type": "ephemeral", "ttl": "5m" | "1h"}: the same.'
+    )
     slo: SloBody | None = None

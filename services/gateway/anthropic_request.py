@@ -12,6 +12,7 @@ from baton.services.gateway.chat import chat_options
 from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.openai_models import ChatCompletionBody
 from baton.services.gateway.options import GenerationOptions
+from baton.services.gateway.sessions import asked_ttl_s
 from baton.services.gateway.translation import Message, part_text, string_of, text_of
 from baton.services.gateway.validation import invalid, parse_body
 
@@ -45,6 +46,7 @@ def messages_options(body: MessagesBody, deps: GatewayDeps) -> GenerationOptions
     fields |= {
         "max_tokens": body.max_tokens,
         "stop": body.stop_sequences,
+        "session_ttl_s": asked_ttl_s(body) if body.session_ttl_s is None else body.session_ttl_s,
         "response_format": _format(body.output_config),
     }
     return _options(body, fields, deps)

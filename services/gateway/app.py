@@ -13,6 +13,7 @@ from baton.services.gateway.errors import HttpRefusal, public_error
 from baton.services.gateway.generation_routes import generation_router
 from baton.services.gateway.info_routes import info_router
 from baton.services.gateway.openapi import ERROR_RESPONSES
+from baton.services.gateway.session_routes import session_router
 from baton.services.gateway.sse import ClientGoneError
 from baton.services.gateway.text_routes import text_router
 from baton.services.gateway.worker_routes import worker_router
@@ -31,6 +32,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     app.include_router(generation_router(deps))
     app.include_router(text_router(deps))
     app.include_router(info_router(deps))
+    app.include_router(session_router(deps))
     app.include_router(worker_router(deps))
     app.add_exception_handler(BatonError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -16,6 +16,7 @@ from baton.services.gateway.grammar_checks import GrammarChecker
 from baton.services.gateway.limits import Door, Limits
 from baton.services.gateway.reasoning import Markers, find_markers
 from baton.services.gateway.served_model import ServedModel
+from baton.services.gateway.session_calls import NoSessions, SessionOperations
 from baton.services.gateway.sse import Cut
 from baton.services.gateway.tokenizer import ModelTokenizer
 from baton.services.gateway.tools.registry import ToolFormat, find_format
@@ -53,6 +54,7 @@ class GatewayDeps:
     wall_clock: Callable[[], float] = time.time  # seconds since 1970; for "created"
     on_refused: Callable[[Refusal], None] = _ignore
     operations: WorkerOperations = field(default_factory=NoWorkers)
+    sessions: SessionOperations = field(default_factory=NoSessions)
     tenants: TenantLedger = field(default_factory=TenantLedger)
     cut: Cut = field(default_factory=Cut)
     tool_parser: str = "auto"  # a key of tools.registry.FORMATS, none, or auto: from the chat template

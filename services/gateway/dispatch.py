@@ -287,6 +287,7 @@ class WorkerDispatcher:
             cache_salt=request.cache_salt,
             deadline_ms=0 if run.deadline_s is None else max(1, int((run.deadline_s - run.sent_s) * 1e3)),
             service=convert.service_to_wire(request.service_level(run.sent_s), run.sent_s),
+            session=convert.session_to_wire(request.session),
         )
         fetch = self._fetch_source(chosen.fetch)
         run.fetching = None

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.request import SamplingParams
+from baton.services.core.retention import SessionTag
 from baton.services.core.slo import CLASS_TARGETS, MAX_WEIGHT, MIN_WEIGHT, ServiceLevel, SloClass
 from baton.services.core.tenants import ANONYMOUS, Tenant
 from baton.services.core.token_order import TokenDelta
@@ -42,6 +43,7 @@ class GenerationRequest:
     cache_salt: str = ""
     slo: SloTarget = field(default_factory=SloTarget)
     tenant: Tenant = ANONYMOUS
+    session: SessionTag | None = None  # whose blocks are kept afterwards
     timeout_s: float | None = None
     trace: Trace = field(default_factory=Trace)
     stop_means: str = "stop"  # for the receipt: a choice that calls tools stops with another word

@@ -27,6 +27,7 @@ from baton.services.gateway.request_body import read_json
 from baton.services.gateway.responses_answer import ResponsesAnswer
 from baton.services.gateway.responses_models import ResponsesBody
 from baton.services.gateway.responses_request import responses_options
+from baton.services.gateway.sessions import header_session_id
 from baton.services.gateway.slo import parse_slo
 from baton.services.gateway.sse import open_stream, unless_gone
 from baton.services.gateway.translation import renaming
@@ -112,6 +113,7 @@ async def _prepare(
             received_s=request.state.received_s,
             slo=slo,
             timeout_s=deps.limits.request_timeout_s,
+            session_id=header_session_id(request.headers),
         )
         with renaming(names):
             return body, await unless_gone(request.receive, prepare(deps, options, caller))

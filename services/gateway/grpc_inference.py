@@ -24,6 +24,7 @@ from baton.services.gateway.options import Caller
 from baton.services.gateway.parts import CallBegin, Thought
 from baton.services.gateway.pipeline import Generation, prepare
 from baton.services.gateway.reading import TOOL_CALLS
+from baton.services.gateway.sessions import header_session_id
 from baton.services.gateway.slo import parse_slo
 from baton.services.gateway.tools.calls import CallArguments, Text
 from baton.services.gateway.translation import parts_of
@@ -57,7 +58,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 check_request_id(receipt_id)
                 slo = parse_slo(_metadata(context), None)
                 options = request_options(request, self._deps)
-                caller = Caller(receipt_id, tenant, received_s, slo, self._timeout_s(context))
+                session_id = header_session_id(_metadata(context))
+                caller = Caller(receipt_id, tenant, received_s, slo, self._timeout_s(context), session_id)
                 generation = await prepare(self._deps, options, caller)
                 await self._write(generation, receipt_id, context)
         except _DispatchedError as error:

@@ -19,7 +19,7 @@ from baton.services.gateway.validation import invalid, parse_body
 _OPTIONAL = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "seed", "min_tokens", "n", "skip_special_tokens", "prompt_logprobs", "priority"),
-    "add_special_tokens",
+    *("add_special_tokens", "session_ttl_s"),
 )
 _CHOICES = ("auto", "none", "required")
 # What shared checks call a field, and what it is called here.

@@ -67,7 +67,15 @@ class GenerationBody(Body):
     cache_salt: str | None = Field(
         None, description="1 to 1024 characters; requests with different salts share no cache."
     )
-    session_id: str | None = Field(None, description="Names the conversation. 1 to 128 characters.")
+    session_id: str | None = Field(
+        None, description="Names the conversation, whose blocks are kept between turns. 1 to 128 characters."
+    )
+    session_ttl_s: float | None = Field(
+        None, description="Seconds that they are kept after this turn. Above 0 to 86400."
+    )
+    prompt_cache_retention: str | None = Field(
+        None, description="The same in OpenAI's words: in_memory (300 s) or 24h; needs a session id."
+    )
     priority: int | None = Field(None, description="Accepted.")
     add_special_tokens: bool | None = Field(None, description="Default: true for text, false behind a chat template.")
     response_format: dict[str, Any] | None = Field(

@@ -65,6 +65,8 @@ class GenerationOptions:
     grammar: Grammar | None = None  # what each answer must match; not yet tried out
     reading: Reading = field(default_factory=Reading)  # what else than content a choice may hold
     cache_salt: str | None = None
+    session_id: str | None = None  # the client's name of the conversation; None: its header's, if there is one
+    session_ttl_s: float = 300.0
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -83,3 +85,4 @@ class Caller:
     received_s: float
     slo: SloTarget
     timeout_s: float | None
+    session_id: str | None = None  # of its header

@@ -22,6 +22,7 @@ from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.options import Caller, ChatPrompt, GenerationOptions, Prompt, TextPrompt
 from baton.services.gateway.reading import TOOL_CALLS, ChoiceReader
 from baton.services.gateway.required_output import TAIL_TOKENS, is_thinking, required_output
+from baton.services.gateway.sessions import session_tag
 from baton.services.gateway.validation import invalid
 
 _MASK = 2**64 - 1
@@ -186,6 +187,7 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
             cache_salt=tenant_salt(caller.tenant, options.cache_salt),
             slo=caller.slo,
             tenant=caller.tenant,
+            session=session_tag(options, caller),
             timeout_s=caller.timeout_s,
             trace=Trace(dict(trace.instants)),
         )

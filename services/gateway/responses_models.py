@@ -52,5 +52,7 @@ class ResponsesBody(Body):
     min_tokens: int | None = None
     cache_salt: str | None = None
     session_id: str | None = None
+    session_ttl_s: float | None = None
+    prompt_cache_retention: str | None = None
     priority: int | None = None
     slo: SloBody | None = None

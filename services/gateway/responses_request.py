@@ -16,7 +16,7 @@ from baton.services.gateway.validation import invalid, parse_body
 _SAME = (
     *("model", "stream", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "seed", "stop", "ignore_eos", "min_tokens", "cache_salt", "session_id", "priority"),
-    *("parallel_tool_calls", "logit_bias"),
+    *("parallel_tool_calls", "logit_bias", "session_ttl_s", "prompt_cache_retention"),
 )
 _TEXT_KINDS = ("input_text", "output_text", "text")
 _ROLES = ("user", "system", "developer", "assistant")

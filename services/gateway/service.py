@@ -40,6 +40,7 @@ from baton.services.gateway.readiness import Readiness
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.served_model import ServedModel, read_generation_config
+from baton.services.gateway.session_calls import SessionCalls
 from baton.services.gateway.tenant_files import Ring, TenantFiles, ring_of_keys
 from baton.services.gateway.tokenizer import ModelTokenizer, load_tokenizer
 from baton.services.gateway.worker_calls import WorkerCalls
@@ -133,6 +134,7 @@ class GatewayService:
             tool_parser=settings.tool_call_parser,
             reasoning_parser=settings.reasoning_parser,
             operations=WorkerCalls(self._registry),
+            sessions=SessionCalls(self._registry),
             others_tokens=lambda: self._others_tokens,
         )
         stack.callback(self._deps.grammars.close)

@@ -24,6 +24,10 @@ B = TypeVar("B", bound=BaseModel)
 MIN_TEMPERATURE = 0.01
 MAX_CACHE_SALT_CHARS = 1024
 MAX_SESSION_ID_CHARS = 128
+MAX_SESSION_TTL_S = 86400.0
+DEFAULT_SESSION_TTL_S = 300.0
+# OpenAI's words for how long; it writes the first one both ways.
+RETENTIONS_S = {"in_memory": DEFAULT_SESSION_TTL_S, "in-memory": DEFAULT_SESSION_TTL_S, "24h": MAX_SESSION_TTL_S}
 _MAX_REPORTED_PROBLEMS = 10
 _MAX_LOGIT_BIAS = 100.0
 _MAX_KNOWN_UNKNOWNS = 200
@@ -125,6 +129,7 @@ def make_options(
         raise invalid("stream_options.continuous_usage_stats", "needs stream_options.include_usage to be true")
     check_length("cache_salt", body.cache_salt, MAX_CACHE_SALT_CHARS)
     check_length("session_id", body.session_id, MAX_SESSION_ID_CHARS)
+    check_range("session_ttl_s", body.session_ttl_s, 0, MAX_SESSION_TTL_S, above_low=True)
     prompt_logprobs = [k for k in (body.prompt_logprobs, num_logprobs if echo else None) if k is not None]
     return GenerationOptions(
         model=name,
@@ -145,10 +150,20 @@ def make_options(
         grammar=grammar,
         reading=reading or Reading(),
         cache_salt=body.cache_salt,
+        session_id=body.session_id,
+        session_ttl_s=_session_ttl_s(body),
         stream=stream,
         include_usage=include_usage,
         continuous_usage=bool(usage and usage.continuous_usage_stats),
     )
+
+
+def _session_ttl_s(body: GenerationBody) -> float:
+    """How long the conversation's blocks are kept: by our own field, else OpenAI's."""
+    retention = body.prompt_cache_retention
+    if retention is not None and retention not in RETENTIONS_S:
+        raise invalid("prompt_cache_retention", f"must be one of {', '.join(RETENTIONS_S)}")
+    return body.session_ttl_s or RETENTIONS_S.get(retention or "", DEFAULT_SESSION_TTL_S)
 
 
 def _check_can_end(body: GenerationBody, model: ServedModel) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenLogprobs
+from baton.services.core.retention import SessionTag
 from baton.services.core.router import Role
 from baton.services.core.slo import MAX_WEIGHT, MIN_WEIGHT, ServiceLevel, SloClass
 
@@ -16,6 +17,8 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_BYTES = 512 * 1024
 MAX_TENANT_CHARS = 128
+MAX_SESSION_KEY_CHARS = 256
+MAX_SESSION_TTL_S = 86400.0
 _MAX_INT32 = 2**31 - 1  # what the sampling kernels count in
 
 _FINISH_TO_WIRE = {
@@ -139,6 +142,26 @@ def service_from_wire(wire: pb.ServiceLevel, now_s: float) -> ServiceLevel:
     )
 
 
+def session_to_wire(tag: SessionTag | None) -> pb.SessionTag | None:
+    return None if tag is None else pb.SessionTag(key=tag.key, ttl_ms=max(1, round(tag.ttl_s * 1e3)))
+
+
+def session_from_wire(spec: pb.GenerationSpec) -> SessionTag | None:
+    """Raises BatonError(INVALID_REQUEST) for values out of range."""
+    if not spec.HasField("session"):
+        return None
+    check_session_key(spec.session.key, "session.key")
+    ttl_s = spec.session.ttl_ms / 1e3
+    _check(0.0 < ttl_s <= MAX_SESSION_TTL_S, "session.ttl_ms", f"1 to {MAX_SESSION_TTL_S * 1e3:g}")
+    return SessionTag(spec.session.key, ttl_s)
+
+
+def check_session_key(key: str, field: str = "key") -> str:
+    """``key``, if it can be a session's. Raises BatonError(INVALID_REQUEST)."""
+    _check(1 <= len(key) <= MAX_SESSION_KEY_CHARS, field, f"1 to {MAX_SESSION_KEY_CHARS} characters")
+    return key
+
+
 def request_from_wire(spec: pb.GenerationSpec, now_s: float, vocab_size: int) -> Request:
     """The scheduler's request. Raises BatonError(INVALID_REQUEST) for what no gateway of ours sends: a value that fails
     in the engine would fail every other request of its batch."""
@@ -158,6 +181,7 @@ def request_from_wire(spec: pb.GenerationSpec, now_s: float, vocab_size: int) ->
         arrival_s=now_s,
         deadline_s=now_s + spec.deadline_ms / 1e3 if spec.deadline_ms else None,
         service=service_from_wire(spec.service, now_s),
+        session=session_from_wire(spec),
     )
 
 

@@ -255,6 +255,9 @@ class _WorkerCollector(Collector):
             ("baton_worker_queued_tokens", "Prompt tokens waiting to be computed.", "queued_tokens"),
             ("baton_worker_running_requests", "Requests in the running batch.", "running"),
             ("baton_worker_decode_step_seconds", "Duration of a decode step lately.", "decode_step_s"),
+            ("baton_sessions", "Conversations whose blocks are kept between turns.", "sessions"),
+            ("baton_kv_retained_bytes", "KV bytes that conversations keep; can be given out.", "retained_bytes"),
+            ("baton_kv_retained_bytes_budget", "Most KV bytes that they may keep.", "retained_bytes_budget"),
         ):
             family = GaugeMetricFamily(gauge, text, labels=["worker"])
             for status in statuses:

@@ -119,7 +119,8 @@ class WorkerHost(ABC, Generic[WorkerT]):
         engine, self._memory = await asyncio.to_thread(self._lay_out, loaded, num_blocks, shape.block_bytes)
         stack.callback(self._memory.close)
         stack.callback(engine.grammars.close)
-        pool = self._pool = (FailpointPool if settings.failpoints else BlockPool)(num_blocks, settings.block_size)
+        make_pool = FailpointPool if settings.failpoints else BlockPool
+        pool = self._pool = make_pool(num_blocks, settings.block_size, int(num_blocks * settings.session_cache_share))
         parts = WorkerParts(
             identity=self.identity,
             pool=pool,
@@ -160,7 +161,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             raise ConfigurationError(f"--kv-port {settings.kv_port}: {error.message}") from error
         agent.add_to_server(server)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-            LedgerServicer(worker, pool, self._environment.change_role), server
+            LedgerServicer(worker, pool, self._environment.change_role, shape.block_bytes), server
         )
         names = [
             *self.add_servicer(server, worker),
@@ -372,6 +373,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
             kv_data_address=self._agent.data_address,
             host_id=self._agent.host_id,
             kv_event_seq=self._announcer.kv_sequence,
+            retained_bytes_budget=self._pool.retention.max_blocks * self._layout.block_bytes,
             fenced_total=transfers.fenced,
             corrupt_blocks_total=transfers.corrupt_blocks,
             kv_transfer_bytes_total=dict(transfers.bytes_received),
@@ -384,5 +386,5 @@ class WorkerHost(ABC, Generic[WorkerT]):
             status.generation_tokens_total = worker.speed.generation_tokens_total
             status.out_of_memory_total = worker.steps.num_out_of_memory
         if report is not None:
-            add_report(status, report)
+            add_report(status, report, self._layout.block_bytes)
         return status

@@ -26,12 +26,17 @@ class LedgerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """``WorkerService`` in front of a worker of either kind."""
 
     def __init__(
-        self, worker: Worker[Any], pool: BlockPool, change_role: Callable[[Role, float], None] | None = None
+        self,
+        worker: Worker[Any],
+        pool: BlockPool,
+        change_role: Callable[[Role, float], None] | None = None,
+        block_bytes: int = 0,
     ) -> None:
         """``change_role``: how the process gives the worker another role; None: it cannot."""
         self._worker = worker
         self._pool = pool
         self._change_role = change_role
+        self._block_bytes = block_bytes
 
     async def GetBlocks(
         self, request: worker_pb2.GetBlocksRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -58,6 +63,32 @@ class LedgerServicer(worker_pb2_grpc.WorkerServiceServicer):
             raise BatonError(ErrorCode.INVALID_REQUEST, "this worker cannot change its role")
         self._change_role(role, request.timeout_ms / 1e3)
         return worker_pb2.ChangeRoleResponse()
+
+    async def GetSession(
+        self, request: worker_pb2.GetSessionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.GetSessionResponse:
+        key = convert.check_session_key(request.key)
+        response: worker_pb2.GetSessionResponse = await self._worker.steps.call(lambda _: self._session(key))
+        return response
+
+    async def CloseSession(
+        self, request: worker_pb2.CloseSessionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.CloseSessionResponse:
+        key, retention = convert.check_session_key(request.key), self._pool.retention
+        was_known = await self._worker.steps.call(lambda _: retention.close(key, self._worker.now_s()))
+        return worker_pb2.CloseSessionResponse(was_known=was_known)
+
+    def _session(self, key: str) -> worker_pb2.GetSessionResponse:
+        now_s = self._worker.now_s()
+        session = self._pool.retention.get(key, now_s)
+        if session is None:
+            return worker_pb2.GetSessionResponse()
+        return worker_pb2.GetSessionResponse(
+            is_known=True,
+            num_blocks=len(session.blocks),
+            num_bytes=len(session.blocks) * self._block_bytes,
+            expires_in_s=session.expires_s - now_s,
+        )
 
     def _collect(
         self, request: worker_pb2.GetBlocksRequest, scheduler: Scheduler, peers: Mapping[str, str]

@@ -28,6 +28,8 @@ class PoolReport:
     num_overdue: int
     stats: SchedulerStats
     ledger_error: int = 0  # 0, or a bug: blocks unaccounted for, or 1 where a recount found a contradiction
+    num_sessions: int = 0  # conversations whose time is not over
+    num_kept: int = 0  # blocks that they keep
 
     @property
     def is_idle(self) -> bool:
@@ -37,8 +39,10 @@ class PoolReport:
         return not (is_held or stats.queued or stats.running or stats.awaiting_kv)
 
 
-def add_report(status: pb.WorkerStatus, report: PoolReport) -> None:
+def add_report(status: pb.WorkerStatus, report: PoolReport, block_bytes: int = 0) -> None:
     """What the report says, in the status that others see."""
+    status.sessions = report.num_sessions
+    status.retained_bytes = report.num_kept * block_bytes
     counts, stats = report.counts, report.stats
     status.kv_blocks.total = counts.total
     status.kv_blocks.free = counts.free
@@ -82,7 +86,10 @@ class LedgerAudit:
     def report(self, scheduler: Scheduler, now_s: float) -> PoolReport:
         counts = self._pool.counts()
         error = counts.error or int(self.found)
-        return PoolReport(counts, self._pool.overdue(now_s), scheduler.stats(), error)
+        retention = self._pool.retention
+        retention.lapse(now_s)
+        sessions = retention.num_sessions, retention.num_kept
+        return PoolReport(counts, self._pool.overdue(now_s), scheduler.stats(), error, *sessions)
 
 
 class PoolWatch:

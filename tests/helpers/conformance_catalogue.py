@@ -76,9 +76,4 @@ ELSEWHERE: dict[int, Elsewhere] = {
     ),
 }
 
-NOT_BUILT: dict[int, str] = {
-    98: "sessions do not retain their blocks under a flood yet",
-    99: "sessions cannot be closed yet",
-    100: "sessions have no time to live yet",
-    101: "there is no budget of retained bytes yet",
-}
+NOT_BUILT: dict[int, str] = {}

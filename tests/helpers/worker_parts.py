@@ -56,7 +56,7 @@ class CountingEngine:
 def make_parts(engine: CountingEngine, *, num_blocks: int = 32, **limits: Any) -> WorkerParts:
     return WorkerParts(
         identity=pb.WorkerIdentity(worker_id="here", incarnation="a" * 32),
-        pool=BlockPool(num_blocks, BLOCK_SIZE),
+        pool=BlockPool(num_blocks, BLOCK_SIZE, num_blocks // 2),
         limits=make_limits(**limits),
         engine=engine,
         namer=NAMER,

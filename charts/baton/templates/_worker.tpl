@@ -104,6 +104,8 @@ spec:
   value: {{ .root.Values.engine.blockSize | quote }}
 - name: BATON_PREFIX_CACHING
   value: {{ .root.Values.engine.prefixCaching | quote }}
+- name: BATON_SESSION_CACHE_SHARE
+  value: {{ .root.Values.engine.sessionCacheShare | quote }}
 - name: BATON_STUCK_AFTER_S
   value: {{ .root.Values.engine.stuckAfterSeconds | quote }}
 - name: BATON_KV_CACHE_MEMORY

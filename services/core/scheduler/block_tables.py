@@ -58,6 +58,8 @@ class BlockTables:
         names = self._namer.names(request.token_ids, self._block_size, request.cache_salt)
         partial_name = names.pop() if request.num_tokens % self._block_size else None
         hold = Hold(Owner.REQUEST, request.request_id)
+        if request.session is not None and self._enable_prefix_caching:
+            hold.session = self.pool.retention.open(request.session, self.pool.now_s)
         return Sequence(request, order, hold, names, len(names), partial_name)
 
     def num_blocks_for(self, num_tokens: int) -> int:

@@ -15,6 +15,7 @@ from helpers.tool_templates import TOOL_TEMPLATE
 
 from baton.api.common.v1 import common_pb2
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
+from baton.services.core.retention import SessionTag
 from baton.services.gateway.grpc_inference import InferenceServicer
 from baton.services.gateway.openai_models import ChatCompletionBody, CompletionBody
 from baton.services.gateway.tokenizer import ModelTokenizer
@@ -34,6 +35,7 @@ OTHERWISE = {
     "chat_template_kwargs": "chat.enable_thinking",
     "add_generation_prompt": "chat.add_generation_prompt",
     "continue_final_message": "chat.continue_final_message",
+    "prompt_cache_retention": "session_ttl_s",
     "slo": "metadata x-slo-ttft-ms, x-slo-tpot-ms",
     "stream": "always",
     "stream_options": "the last message has the usage",
@@ -81,6 +83,13 @@ async def test_the_newer_fields_reach_the_sampler(stub: Any, gateway: Gateway) -
     await generate(stub, text="hello", logit_bias={5: 2.0, 7: -500.0}, priority=3, session_id="s", max_tokens=4)
     sampling = gateway.dispatcher.requests[0].sampling
     assert sampling.logit_bias == ((5, 2.0), (7, -100.0))
+
+
+async def test_the_session_and_its_time_reach_the_workers(stub: Any, gateway: Gateway) -> None:
+    await generate(stub, text="hello", session_id="s", session_ttl_s=9.0, max_tokens=4)
+    await generate(stub, text="hello", max_tokens=4)
+    sessions = [request.session for request in gateway.dispatcher.requests]
+    assert sessions == [SessionTag("/s", 9.0), None]
 
 
 async def test_stops_are_told_and_kept(stub: Any) -> None:

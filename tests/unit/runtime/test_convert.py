@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
+from baton.services.core.retention import SessionTag
 from baton.services.core.router import Role
 from baton.services.core.slo import ServiceLevel, SloClass
 from baton.services.runtime import convert
@@ -214,3 +215,24 @@ def test_messages_of_refusals_do_not_quote_the_prompt() -> None:
     with pytest.raises(BatonError) as failure:
         convert.request_from_wire(make_spec(token_ids=[1, secret, 3]), 0.0, VOCAB_SIZE)
     assert str(secret) not in failure.value.message
+
+
+def test_a_session_survives_the_wire_and_a_request_without_one_has_none() -> None:
+    tag = SessionTag("tenant/name", 300.0)
+    spec = pb.GenerationSpec(session=convert.session_to_wire(tag))
+    assert convert.session_from_wire(pb.GenerationSpec.FromString(spec.SerializeToString())) == tag
+    assert convert.session_from_wire(pb.GenerationSpec(session=convert.session_to_wire(None))) is None
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        pb.SessionTag(ttl_ms=5),
+        pb.SessionTag(key="k" * 257, ttl_ms=5),
+        pb.SessionTag(key="k"),
+        pb.SessionTag(key="k", ttl_ms=86_400_001),
+    ],
+)
+def test_a_session_out_of_range_is_refused(session: pb.SessionTag) -> None:
+    with pytest.raises(BatonError, match="session"):
+        convert.session_from_wire(pb.GenerationSpec(session=session))

@@ -142,7 +142,15 @@ def test_worker_figures_are_read_at_the_scrape_and_leave_with_the_worker() -> No
         worker(
             "p-0", queued=3, running=1, kv_blocks=counts, overdue=1, ledger_error=-2, kv_transfer_bytes_total={"tcp": 9}
         ),
-        worker("d-0", queued=4, running=2, ledger_error=2),
+        worker(
+            "d-0",
+            queued=4,
+            running=2,
+            ledger_error=2,
+            sessions=3,
+            retained_bytes=640,
+            retained_bytes_budget=1280,
+        ),
     ]
     metrics = Metrics(lambda: statuses, version="0.1.0")
     assert value(metrics, "baton_queued_requests") == 7
@@ -154,6 +162,9 @@ def test_worker_figures_are_read_at_the_scrape_and_leave_with_the_worker() -> No
     assert {s: value(metrics, "baton_kv_blocks", pool="p-0", state=s) for s in states} == states
     assert value(metrics, "baton_worker_queued_requests", worker="d-0") == 4
     assert value(metrics, "baton_worker_kv_received_bytes_total", worker="p-0", transport="tcp") == 9
+    assert value(metrics, "baton_sessions", worker="d-0") == 3
+    assert value(metrics, "baton_kv_retained_bytes", worker="d-0") == 640
+    assert value(metrics, "baton_kv_retained_bytes_budget", worker="d-0") == 1280
     statuses.clear()
     assert not [labels for _, labels in samples(metrics) if ("pool", "p-0") in labels or ("worker", "d-0") in labels]
     assert value(metrics, "baton_kv_ledger_error") == 0

@@ -20,6 +20,7 @@ from baton.services.worker.ledger import LedgerServicer
 from baton.services.worker.requests import scheduler_id, split_scheduler_id
 
 GATEWAY = pb.WorkerIdentity(worker_id="gateway", incarnation="g")
+BLOCK_BYTES = 32
 SENDER = WorkerIdentity(PEER.worker_id, PEER.incarnation)
 
 
@@ -32,7 +33,7 @@ class Setting:
         self.parts = make_parts(self.engine)
         self.worker = DecodeWorker(self.parts, self._on_turn, clock=lambda: self.now_s)
         self.worker.agent = RecordingAgent()  # type: ignore[assignment]
-        self.ledger = LedgerServicer(self.worker, self.parts.pool)
+        self.ledger = LedgerServicer(self.worker, self.parts.pool, block_bytes=BLOCK_BYTES)
         self.session = self.worker.open_session(GATEWAY)
 
     def _on_turn(self, scheduler: Any, now_s: float) -> None:
@@ -125,3 +126,37 @@ async def test_prefix_cache_is_shown_on_request_and_quarantine_always(setting: S
 def test_a_workers_name_of_a_request_is_taken_apart_again() -> None:
     assert split_scheduler_id(scheduler_id("a#b", 3)) == ("a#b", 3)
     assert split_scheduler_id("get names") == ("get names", 0)
+
+
+async def test_a_session_is_known_from_its_first_request_until_it_is_closed(setting: Setting) -> None:
+    spec = make_spec("r", 10)
+    spec.session.key, spec.session.ttl_ms = "t/s", 5_000
+    setting.worker.start(setting.session, decode_pb2.Start(spec=spec))
+
+    async def session(key: str = "t/s") -> worker_pb2.GetSessionResponse:
+        return await setting.ledger.GetSession(worker_pb2.GetSessionRequest(key=key), None)  # type: ignore[arg-type]
+
+    async def close() -> bool:
+        request = worker_pb2.CloseSessionRequest(key="t/s")
+        return (await setting.ledger.CloseSession(request, None)).was_known  # type: ignore[arg-type]
+
+    await eventually(lambda: not setting.worker.num_active)
+    answer = await session()
+    assert (answer.is_known, answer.expires_in_s) == (True, pytest.approx(5.0))
+    assert answer.num_blocks > 0
+    assert answer.num_bytes == answer.num_blocks * BLOCK_BYTES
+    assert not (await session("u/s")).is_known
+    assert [await close(), await close()] == [True, False]
+    assert not (await session()).is_known
+
+
+async def test_a_session_whose_time_is_over_is_not_known(setting: Setting) -> None:
+    spec = make_spec("r", 10)
+    spec.session.key, spec.session.ttl_ms = "t/s", 5_000
+    setting.worker.start(setting.session, decode_pb2.Start(spec=spec))
+    await eventually(lambda: not setting.worker.num_active)
+    setting.now_s += 5.0
+    request = worker_pb2.GetSessionRequest(key="t/s")
+    assert not (await setting.ledger.GetSession(request, None)).is_known  # type: ignore[arg-type]
+    with pytest.raises(BatonError):
+        await setting.ledger.GetSession(worker_pb2.GetSessionRequest(), None)  # type: ignore[arg-type]

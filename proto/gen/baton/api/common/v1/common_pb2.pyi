@@ -129,7 +129,7 @@ class Token(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ...) -> None: ...
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "num_prompt_tokens", "sampling", "cache_salt", "deadline_ms", "service")
+    __slots__ = ("request_id", "attempt", "token_ids", "num_prompt_tokens", "sampling", "cache_salt", "deadline_ms", "service", "session")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,7 @@ class GenerationSpec(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     SERVICE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -146,7 +147,16 @@ class GenerationSpec(_message.Message):
     cache_salt: str
     deadline_ms: int
     service: ServiceLevel
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., service: _Optional[_Union[ServiceLevel, _Mapping]] = ...) -> None: ...
+    session: SessionTag
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., service: _Optional[_Union[ServiceLevel, _Mapping]] = ..., session: _Optional[_Union[SessionTag, _Mapping]] = ...) -> None: ...
+
+class SessionTag(_message.Message):
+    __slots__ = ("key", "ttl_ms")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    ttl_ms: int
+    def __init__(self, key: _Optional[str] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class ServiceLevel(_message.Message):
     __slots__ = ("request_class", "ttft_left_ms", "tpot_ms", "tenant", "weight")
@@ -317,7 +327,7 @@ class KVBlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., request: _Optional[int] = ..., transfer: _Optional[int] = ..., quarantine: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total", "batch_queued_tokens", "prompt_share")
+    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total", "batch_queued_tokens", "prompt_share", "sessions", "retained_bytes", "retained_bytes_budget")
     class KvTransferBytesTotalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -357,6 +367,9 @@ class WorkerStatus(_message.Message):
     CORRUPT_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BATCH_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_BYTES_BUDGET_FIELD_NUMBER: _ClassVar[int]
     identity: WorkerIdentity
     role: WorkerRole
     state: WorkerState
@@ -389,4 +402,7 @@ class WorkerStatus(_message.Message):
     corrupt_blocks_total: int
     batch_queued_tokens: int
     prompt_share: float
-    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ..., batch_queued_tokens: _Optional[int] = ..., prompt_share: _Optional[float] = ...) -> None: ...
+    sessions: int
+    retained_bytes: int
+    retained_bytes_budget: int
+    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ..., batch_queued_tokens: _Optional[int] = ..., prompt_share: _Optional[float] = ..., sessions: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., retained_bytes_budget: _Optional[int] = ...) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.api.common.v1 import common_pb2 as baton_dot_api_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n baton/api/worker/v1/worker.proto\x12\x13\x62\x61ton.api.worker.v1\x1a baton/api/common/v1/common.proto\"k\n\x11\x43hangeRoleRequest\x12-\n\x04role\x18\x01 \x01(\x0e\x32\x1f.baton.api.common.v1.WorkerRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\"\x14\n\x12\x43hangeRoleResponse\"p\n\x10GetBlocksRequest\x12\x14\n\x0coverdue_only\x18\x01 \x01(\x08\x12\x16\n\x0einclude_cached\x18\x02 \x01(\x08\x12\x16\n\x0e\x66irst_block_id\x18\x03 \x01(\r\x12\x16\n\x0emax_num_blocks\x18\x04 \x01(\r\"\x86\x01\n\x11GetBlocksResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x30\n\x06\x62locks\x18\x02 \x03(\x0b\x32 .baton.api.worker.v1.LedgerBlock\x12\x1a\n\rnext_block_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_next_block_id\"\xde\x01\n\x0bLedgerBlock\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0c\n\x04name\x18\x04 \x01(\x0c\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\r\n\x05phase\x18\x08 \x01(\t\x12\x12\n\x05\x61ge_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rdeadline_in_s\x18\n \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_age_sB\x10\n\x0e_deadline_in_s\"*\n\x14SetFailpointsRequest\x12\x12\n\nfailpoints\x18\x01 \x01(\t\"\x9b\x01\n\x15SetFailpointsResponse\x12O\n\x0bnum_reached\x18\x01 \x03(\x0b\x32:.baton.api.worker.v1.SetFailpointsResponse.NumReachedEntry\x1a\x31\n\x0fNumReachedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xca\x01\n\rWorkerService\x12Z\n\tGetBlocks\x12%.baton.api.worker.v1.GetBlocksRequest\x1a&.baton.api.worker.v1.GetBlocksResponse\x12]\n\nChangeRole\x12&.baton.api.worker.v1.ChangeRoleRequest\x1a\'.baton.api.worker.v1.ChangeRoleResponse2z\n\x10\x46\x61ilpointService\x12\x66\n\rSetFailpoints\x12).baton.api.worker.v1.SetFailpointsRequest\x1a*.baton.api.worker.v1.SetFailpointsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n baton/api/worker/v1/worker.proto\x12\x13\x62\x61ton.api.worker.v1\x1a baton/api/common/v1/common.proto\" \n\x11GetSessionRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"c\n\x12GetSessionResponse\x12\x10\n\x08is_known\x18\x01 \x01(\x08\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\"\"\n\x13\x43loseSessionRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\")\n\x14\x43loseSessionResponse\x12\x11\n\twas_known\x18\x01 \x01(\x08\"k\n\x11\x43hangeRoleRequest\x12-\n\x04role\x18\x01 \x01(\x0e\x32\x1f.baton.api.common.v1.WorkerRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ntimeout_ms\x18\x03 \x01(\x04\"\x14\n\x12\x43hangeRoleResponse\"p\n\x10GetBlocksRequest\x12\x14\n\x0coverdue_only\x18\x01 \x01(\x08\x12\x16\n\x0einclude_cached\x18\x02 \x01(\x08\x12\x16\n\x0e\x66irst_block_id\x18\x03 \x01(\r\x12\x16\n\x0emax_num_blocks\x18\x04 \x01(\r\"\x86\x01\n\x11GetBlocksResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x30\n\x06\x62locks\x18\x02 \x03(\x0b\x32 .baton.api.worker.v1.LedgerBlock\x12\x1a\n\rnext_block_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_next_block_id\"\xde\x01\n\x0bLedgerBlock\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0c\n\x04name\x18\x04 \x01(\x0c\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\r\n\x05phase\x18\x08 \x01(\t\x12\x12\n\x05\x61ge_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rdeadline_in_s\x18\n \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_age_sB\x10\n\x0e_deadline_in_s\"*\n\x14SetFailpointsRequest\x12\x12\n\nfailpoints\x18\x01 \x01(\t\"\x9b\x01\n\x15SetFailpointsResponse\x12O\n\x0bnum_reached\x18\x01 \x03(\x0b\x32:.baton.api.worker.v1.SetFailpointsResponse.NumReachedEntry\x1a\x31\n\x0fNumReachedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\x8e\x03\n\rWorkerService\x12Z\n\tGetBlocks\x12%.baton.api.worker.v1.GetBlocksRequest\x1a&.baton.api.worker.v1.GetBlocksResponse\x12]\n\nChangeRole\x12&.baton.api.worker.v1.ChangeRoleRequest\x1a\'.baton.api.worker.v1.ChangeRoleResponse\x12]\n\nGetSession\x12&.baton.api.worker.v1.GetSessionRequest\x1a\'.baton.api.worker.v1.GetSessionResponse\x12\x63\n\x0c\x43loseSession\x12(.baton.api.worker.v1.CloseSessionRequest\x1a).baton.api.worker.v1.CloseSessionResponse2z\n\x10\x46\x61ilpointService\x12\x66\n\rSetFailpoints\x12).baton.api.worker.v1.SetFailpointsRequest\x1a*.baton.api.worker.v1.SetFailpointsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,24 +34,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SETFAILPOINTSRESPONSE_NUMREACHEDENTRY']._loaded_options = None
   _globals['_SETFAILPOINTSRESPONSE_NUMREACHEDENTRY']._serialized_options = b'8\001'
-  _globals['_CHANGEROLEREQUEST']._serialized_start=91
-  _globals['_CHANGEROLEREQUEST']._serialized_end=198
-  _globals['_CHANGEROLERESPONSE']._serialized_start=200
-  _globals['_CHANGEROLERESPONSE']._serialized_end=220
-  _globals['_GETBLOCKSREQUEST']._serialized_start=222
-  _globals['_GETBLOCKSREQUEST']._serialized_end=334
-  _globals['_GETBLOCKSRESPONSE']._serialized_start=337
-  _globals['_GETBLOCKSRESPONSE']._serialized_end=471
-  _globals['_LEDGERBLOCK']._serialized_start=474
-  _globals['_LEDGERBLOCK']._serialized_end=696
-  _globals['_SETFAILPOINTSREQUEST']._serialized_start=698
-  _globals['_SETFAILPOINTSREQUEST']._serialized_end=740
-  _globals['_SETFAILPOINTSRESPONSE']._serialized_start=743
-  _globals['_SETFAILPOINTSRESPONSE']._serialized_end=898
-  _globals['_SETFAILPOINTSRESPONSE_NUMREACHEDENTRY']._serialized_start=849
-  _globals['_SETFAILPOINTSRESPONSE_NUMREACHEDENTRY']._serialized_end=898
-  _globals['_WORKERSERVICE']._serialized_start=901
-  _globals['_WORKERSERVICE']._serialized_end=1103
-  _globals['_FAILPOINTSERVICE']._serialized_start=1105
-  _globals['_FAILPOINTSERVICE']._serialized_end=1227
+  _globals['_GETSESSIONREQUEST']._serialized_start=91
+  _globals['_GETSESSIONREQUEST']._serialized_end=123
+  _globals['_GETSESSIONRESPONSE']._serialized_start=125
+  _globals['_GETSESSIONRESPONSE']._serialized_end=224
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=226
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=260
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=262
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=303
+  _globals['_CHANGEROLEREQUEST']._serialized_start=305
+  _globals['_CHANGEROLEREQUEST']._serialized_end=412
+  _globals['_CHANGEROLERESPONSE']._serialized_start=414
+  _globals['_CHANGEROLERESPONSE']._serialized_end=434
+  _globals['_GETBLOCKSREQUEST']._serialized_start=436
+  _globals['_GETBLOCKSREQUEST']._serialized_end=548
+  _globals['_GETBLOCKSRESPONSE']._serialized_start=551
+  _globals['_GETBLOCKSRESPONSE']._serialized_end=685
+  _globals['_LEDGERBLOCK']._serialized_start=688
+  _globals['_LEDGERBLOCK']._serialized_end=910
+  _globals['_SETFAILPOINTSREQUEST']._serialized_start=912
+  _globals['_SETFAILPOINTSREQUEST']._serialized_end=954
+  _globals['_SETFAILPOINTSRESPONSE']._serialized_start=957
+  _globals['_SETFAILPOINTSRESPONSE']._serialized_end=1112
+  _globals['_SETFAILPOINTSRESPONSE_NUMREACHEDENTRY']._serialized_start=1063
+  _globals['_SETFAILPOINTSRESPONSE_NUMREACHEDENTRY']._serialized_end=1112
+  _globals['_WORKERSERVICE']._serialized_start=1115
+  _globals['_WORKERSERVICE']._serialized_end=1513
+  _globals['_FAILPOINTSERVICE']._serialized_start=1515
+  _globals['_FAILPOINTSERVICE']._serialized_end=1637
 # @@protoc_insertion_point(module_scope)

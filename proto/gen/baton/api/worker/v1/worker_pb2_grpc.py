@@ -45,6 +45,16 @@ class WorkerServiceStub:
                 request_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
                 response_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
                 _registered_method=True)
+        self.GetSession = channel.unary_unary(
+                '/baton.api.worker.v1.WorkerService/GetSession',
+                request_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetSessionRequest.SerializeToString,
+                response_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetSessionResponse.FromString,
+                _registered_method=True)
+        self.CloseSession = channel.unary_unary(
+                '/baton.api.worker.v1.WorkerService/CloseSession',
+                request_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.CloseSessionRequest.SerializeToString,
+                response_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.CloseSessionResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -66,6 +76,20 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSession(self, request, context):
+        """What a conversation keeps on this worker. A worker that does not have it knows no conversations.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSession(self, request, context):
+        """A conversation is over: what only it kept is the first to be reused. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +102,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.ChangeRole,
                     request_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.FromString,
                     response_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.SerializeToString,
+            ),
+            'GetSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSession,
+                    request_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetSessionRequest.FromString,
+                    response_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetSessionResponse.SerializeToString,
+            ),
+            'CloseSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSession,
+                    request_deserializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.CloseSessionRequest.FromString,
+                    response_serializer=baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.CloseSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +169,60 @@ class WorkerService:
             '/baton.api.worker.v1.WorkerService/ChangeRole',
             baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
             baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.api.worker.v1.WorkerService/GetSession',
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetSessionRequest.SerializeToString,
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.api.worker.v1.WorkerService/CloseSession',
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.CloseSessionRequest.SerializeToString,
+            baton_dot_api_dot_worker_dot_v1_dot_worker__pb2.CloseSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
