@@ -122,11 +122,13 @@ class WorkerDispatcher:
             self._do(run, run.ladder.on_cancel(run.own_end))
             self._receipts.end(run.record, run.own_end)
 
-    def finish(self, request: GenerationRequest, reason: str) -> None:
-        """The API layer ends the request itself, at a stop string: that is its outcome, not the cancellation after it."""
+    def finish(self, request: GenerationRequest, reason: str, num_tokens: int) -> None:
+        """The API layer ends the request itself, at a stop string: that is its outcome, not the cancellation after it, and
+        tokens that came together with the last that counted are nobody's."""
         run = self._runs.get(request.request_id)
         if run is not None:
             run.own_end = reason
+            run.record.completion_tokens = num_tokens
             run.record.trace.mark(Instant.ENDED, self._clock())
             self._receipts.end(run.record, reason)
 

@@ -74,6 +74,6 @@ class Dispatcher(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]: ...
 
-    def finish(self, request: GenerationRequest, reason: str) -> None:
-        """The API layer's own end of the request, at a stop string for example: for the receipt."""
+    def finish(self, request: GenerationRequest, reason: str, num_tokens: int) -> None:
+        """The API layer's own end of the request, at a stop string for example, after so many tokens: for the receipt."""
         ...

@@ -107,7 +107,7 @@ class Generation:
                     yield piece
                     continue
                 if is_cut:  # by a stop string: the cancellation that follows is no abort
-                    self._deps.dispatcher.finish(choice.request, piece.finish_reason)
+                    self._deps.dispatcher.finish(choice.request, piece.finish_reason, assembler.num_tokens)
                 last = piece
                 break
         if last is None:

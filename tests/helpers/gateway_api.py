@@ -70,7 +70,7 @@ class ScriptedDispatcher:
         finally:
             self.running.discard(request.request_id)
 
-    def finish(self, request: GenerationRequest, reason: str) -> None:
+    def finish(self, request: GenerationRequest, reason: str, num_tokens: int) -> None:
         self.finished[request.request_id] = reason
 
     def speak(self, request: GenerationRequest) -> list[Step]:

@@ -149,7 +149,7 @@ class Client:
                     if delta.finish_reason is not None:
                         end = delta.finish_reason.value
                     elif ask.stops_after is not None and len(got.tokens) >= ask.stops_after:
-                        dispatcher.finish(request, "stop")
+                        dispatcher.finish(request, "stop", len(got.tokens))
                         end = "stopped"
                         break
         except asyncio.CancelledError:

@@ -55,7 +55,7 @@ async def test_the_api_layers_own_end_is_the_outcome_and_is_counted_once() -> No
         request = made.request()
         generation = made.dispatcher.generate(request)
         await anext(generation)
-        made.dispatcher.finish(request, "stop")
+        made.dispatcher.finish(request, "stop", 1)
         await generation.aclose()
         assert [record.outcome for record in made.ended] == ["stop"]
         await eventually(lambda: bool(d.cancels))
@@ -74,9 +74,11 @@ async def test_the_api_layers_own_end_counts_also_when_the_last_token_came_with_
             generation = made.dispatcher.generate(request)
             assert (await anext(generation)).finish_reason is None
             if is_stopped:
-                made.dispatcher.finish(request, "stop")
+                made.dispatcher.finish(request, "stop", 1)
             await generation.aclose()
             assert [record.outcome for record in made.ended] == [outcome]
+            if is_stopped:
+                assert [record.completion_tokens for record in made.ended] == [1]
             made.assert_done()
 
 
