@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 
 import pytest
 from helpers.kv_agents import FIRST_TOKEN, Prompt, assert_arrived, hand_over, open_handoff, options, running, two_nodes
+from helpers.kv_hash_gate import HashGate, close_hash_gate
 from helpers.waiting import eventually
 
 from baton.kvtransfer.errors import TransferCode, TransferError
@@ -27,32 +26,9 @@ AGENTS = {
 PROMPT = [*range(20, 48), *range(19, -1, -1)]
 
 
-@dataclass
-class Gate:
-    """Checksums that wait until they may be taken."""
-
-    is_open: threading.Event = field(default_factory=threading.Event)
-    threads: set[str] = field(default_factory=set)  # that wait, or have waited
-    num_running: int = 0
-
-
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    gate, checksums, lock = Gate(), Rows.checksums, threading.Lock()
-
-    def later(rows: Rows, indices: Iterable[int]) -> list[int]:
-        with lock:
-            gate.threads.add(threading.current_thread().name)
-            gate.num_running += 1
-        try:
-            assert gate.is_open.wait(WAIT_S)
-            return checksums(rows, indices)
-        finally:
-            with lock:
-                gate.num_running -= 1
-
-    monkeypatch.setattr(Rows, "checksums", later)
-    return gate
+def gate(monkeypatch: pytest.MonkeyPatch) -> HashGate:
+    return close_hash_gate(monkeypatch)
 
 
 @pytest.mark.parametrize("transport", ["inproc", "shm", "tcp"])
@@ -66,7 +42,7 @@ async def test_blocks_arrive_byte_for_byte(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_an_abort_while_threads_hash_lets_go_of_the_blocks_when_none_is_read_any_more(
-    transport: str, gate: Gate
+    transport: str, gate: HashGate
 ) -> None:
     async with two_nodes(transport, **AGENTS) as (sender, receiver):
         prompt = Prompt(PROMPT)
@@ -91,7 +67,7 @@ async def test_an_abort_while_threads_hash_lets_go_of_the_blocks_when_none_is_re
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_a_sender_that_closes_while_threads_hash_has_quiet_memory_when_it_is_closed(
-    transport: str, gate: Gate
+    transport: str, gate: HashGate
 ) -> None:
     async with running("decode-0", transports=transport, **AGENTS) as receiver, AsyncExitStack() as stack:
         sender = await stack.enter_async_context(running("prefill-0", transports=transport, **AGENTS))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
+from helpers.kv_hash_gate import HashGate, close_hash_gate
 from helpers.waiting import eventually
 
 from baton.kvtransfer.crew import Crew
@@ -111,32 +111,9 @@ async def bench(transport: type[TcpTransport] | type[ShmTransport], num_threads:
     memory.close()
 
 
-@dataclass
-class HashGate:
-    """Checksums that wait, each on its thread, until they may be taken."""
-
-    may_hash: threading.Event = field(default_factory=threading.Event)
-    waiting: set[str] = field(default_factory=set)  # threads that are at it
-    num_running: int = 0
-
-
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> HashGate:
-    gate, checksums, lock = HashGate(), Rows.checksums, threading.Lock()
-
-    def later(rows: Rows, indices: Iterable[int]) -> list[int]:
-        with lock:
-            gate.waiting.add(threading.current_thread().name)
-            gate.num_running += 1
-        try:
-            assert gate.may_hash.wait(WAIT_S)
-            return checksums(rows, indices)
-        finally:
-            with lock:
-                gate.num_running -= 1
-
-    monkeypatch.setattr(Rows, "checksums", later)
-    return gate
+    return close_hash_gate(monkeypatch)
 
 
 @pytest.mark.parametrize("transport", [ShmTransport, TcpTransport])
@@ -159,12 +136,12 @@ async def test_a_handoff_cancelled_while_threads_hash_it_is_quiet_when_the_last_
         setup.push(FENCES[0], 0, 2)
         setup.push(FENCES[0], 2, 3)
         setup.push(FENCES[1], 3, 4)
-        await eventually(lambda: len(gate.waiting) == 3, what="three threads that hash")
+        await eventually(lambda: len(gate.threads) == 3, what="three threads that hash")
         num_running: list[int] = []
         setup.outlet.cancel(FENCES[0], lambda: num_running.append(gate.num_running))
         await asyncio.sleep(0)
         assert num_running == []  # they read its blocks
-        gate.may_hash.set()
+        gate.is_open.set()
         fence, blocks, _ = await setup.read_frame()
         assert (fence, blocks.indices) == (FENCES[1], (3,))  # none of the cancelled ones was sent
         await eventually(lambda: num_running)
@@ -175,11 +152,11 @@ async def test_a_handoff_cancelled_while_threads_hash_it_is_quiet_when_the_last_
 async def test_a_sender_that_closes_while_threads_hash_waits_for_them_and_sends_nothing(gate: HashGate) -> None:
     async with bench(TcpTransport) as setup:
         setup.push(FENCES[0], 0, 20)
-        await eventually(lambda: len(gate.waiting) == 3, what="three threads that hash")
+        await eventually(lambda: len(gate.threads) == 3, what="three threads that hash")
         closing = asyncio.create_task(setup.outlet.close())
         await asyncio.sleep(0)
         assert not closing.done()
-        gate.may_hash.set()
+        gate.is_open.set()
         await asyncio.wait_for(closing, WAIT_S)
         assert gate.num_running == 0  # so its memory may go
         assert setup.events.sent == []
@@ -188,7 +165,7 @@ async def test_a_sender_that_closes_while_threads_hash_waits_for_them_and_sends_
 
 
 async def test_a_checksum_that_fails_on_a_helper_ends_the_link(gate: HashGate, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate.may_hash.set()
+    gate.is_open.set()
     checksums = Rows.checksums
 
     def fail(rows: Rows, indices: Iterable[int]) -> list[int]:
