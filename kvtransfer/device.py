@@ -16,7 +16,7 @@ _log = structlog.get_logger(__name__)
 
 
 class DeviceCopies:
-    """For one cache and the ``num_bytes`` of host memory at ``address``. All but the constructor on one thread."""
+    """For one cache and the ``num_bytes`` of host memory at ``address``. ``copying`` is for one thread."""
 
     def __init__(self, device: torch.device, address: int, num_bytes: int) -> None:
         self._device = device

@@ -22,7 +22,7 @@ def num_cores() -> int:
 def transfer_threads(cores: int) -> tuple[int, int]:
     """Threads that hash what goes out, and threads that copy and hash what comes in, on a machine of so many cores.
 
-    A quarter of the cores each, so that at least half stay free to compute; more than four gain nothing over a memory bus.
+    A quarter of the cores each, so that at least half stay free to compute.
     """
     quarter = min(cores // 4, _MAX_TRANSFER_THREADS)
     return max(1, quarter), max(2, quarter)

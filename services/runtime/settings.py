@@ -193,7 +193,7 @@ class ModelSettings(Settings):
     max_num_seqs: int = Field(64, ge=1, le=65536, description="Most sequences in a batch.")
     max_num_batched_tokens: int = Field(2048, ge=1, le=1 << 20, description="Most tokens in one engine step.")
     prefix_caching: bool = Field(True, description="Reuse the KV blocks of known prefixes.")
-    session_cache_share: float = Field(0.5, ge=0, le=1, description="Share of it that sessions may keep between turns.")
+    session_cache_share: float = Field(0.5, ge=0, le=1, description="Share of the KV blocks that sessions may keep.")
     speculative: Literal["off"] = Field("off", description="Speculative decoding; this version has none.")
     threads_per_worker: int | None = Field(
         None, ge=1, le=4096, description="CPU threads of each worker. Default: cores / workers."
