@@ -10,26 +10,19 @@ A block has two possible owners at once, requests and transfers, each with a cou
     free        0             0              none     yes, before any cached one
 
 Reuse order is exact: blocks that hold nothing, then cached blocks by the time their last holder let go. A holder lets
-go of its blocks tail first, so a chain loses its tail before its shared head. Every operation is O(1) a block. Where
-conversations keep blocks, ``retention`` says which cached block is next; without them it is not asked.
+go of its blocks tail first, so a chain loses its tail before its shared head. Every operation is O(1) a block. Of several
+tenants the one gives a cached block that has most for its weight (``cache_share``, O(log tenants)); where conversations
+keep blocks, ``retention`` says which of its own is next.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from baton.services.core.block_state import Block, BlockCounts, BlockState, Hold, LedgerEntry, Owner
+from baton.services.core.block_state import Block, BlockCounts, BlockState, Hold, LedgerEntry, NameEvents, Owner
+from baton.services.core.cache_share import CacheShare, CacheShares
 from baton.services.core.retention import Retention
-
-
-@dataclass(frozen=True, slots=True)
-class NameEvents:
-    """Which names can be found since the last time, and which no longer. A name is in at most one of the two."""
-
-    stored: tuple[bytes, ...]
-    removed: tuple[bytes, ...]
 
 
 class BlockPool:
@@ -43,15 +36,19 @@ class BlockPool:
         self.now_s = 0.0  # the owner's clock when it last looked; holders are stamped with it
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is used first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._by_name: dict[bytes, int] = {}
         self._quarantine: dict[int, Hold] = {}
         self._holds: set[Hold] = set()  # those that hold blocks
         self._num_request = 0
         self._num_transfer = 0
+        self._num_cached = 0
         self._changed_names: dict[bytes, bool] = {}  # name -> it can be found
-        self.retention = Retention(max_kept_blocks, num_blocks, self._cached)
-        self._aside = self.retention.aside  # cached as well
+        self.shares = CacheShares()
+        self.retention = Retention(
+            max_kept_blocks, num_blocks, self.shares, lambda block_id: self._blocks[block_id].share
+        )
+        self.num_evicted_for_own = 0  # cached blocks that made room for their own tenant
+        self.num_evicted_for_others = 0
 
     @property
     def num_blocks(self) -> int:
@@ -60,7 +57,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that ``allocate`` can give out now, evicting cached ones where it must."""
-        return len(self._free) + len(self._cached) + len(self._aside)
+        return len(self._free) + self._num_cached
 
     # Taking and letting go
 
@@ -71,20 +68,25 @@ class BlockPool:
         """
         if num_blocks > self.num_available:
             raise ValueError(f"{num_blocks} blocks wanted, {self.num_available} of {self.num_blocks} available")
-        free, cached, blocks = self._free, self._cached, self._blocks
+        if not num_blocks:
+            return []
+        free, blocks = self._free, self._blocks
         is_request = hold.owner is Owner.REQUEST
-        retention = self.retention if self.retention.is_active else None
-        if retention is not None:
-            retention.lapse(self.now_s)
+        # What it is about to have counts already: whoever asks for more than its share makes room itself.
+        share = self.shares.of(hold.tenant, hold.weight)
+        share.num_blocks += num_blocks
+        self.shares.by_blocks.raised(share)
+        if num_blocks > len(free):
+            self.retention.lapse(self.now_s)
         taken: list[int] = []
         for _ in range(num_blocks):
             if free:
                 block_id = free.pop()
                 block = blocks[block_id]
             else:
-                block_id = cached.popitem(last=False)[0] if retention is None else retention.take()
+                block_id = self._evict(share)
                 block = blocks[block_id]
-                self._forget_name(block)
+            block.share = share
             block.generation += 1
             if is_request:
                 block.request_refs = 1
@@ -106,10 +108,12 @@ class BlockPool:
         for block_id in block_ids:
             block = self._blocks[block_id]
             if not block.request_refs and not block.transfer_refs:
-                if block_id in self._cached:
-                    del self._cached[block_id]
-                elif self._aside.pop(block_id, None) is None:
+                share = block.share
+                if share is not None and block_id in share.cached:
+                    del share.cached[block_id]
+                elif share is None or share.aside.pop(block_id, None) is None:
                     raise ValueError(f"block {block_id} holds nothing that could be shared")
+                self._num_cached -= 1
                 if is_request:
                     self._num_request += 1
                 else:
@@ -127,7 +131,7 @@ class BlockPool:
 
     def release(self, block_ids: Sequence[int], hold: Hold) -> None:
         """Let ``hold`` go of blocks, in the order of their chain. What nobody holds any more becomes cached, or free."""
-        free, cached, blocks = self._free, self._cached, self._blocks
+        blocks = self._blocks
         is_request = hold.owner is Owner.REQUEST
         self._count(hold, -len(block_ids))
         for block_id in reversed(block_ids):
@@ -154,9 +158,14 @@ class BlockPool:
                     continue
                 self._num_transfer -= 1
             if block.name is None:
-                free.append(block_id)
-            else:
-                cached[block_id] = None
+                self._set_free(block_id)
+                continue
+            share = block.share
+            assert share is not None
+            share.cached[block_id] = None
+            self._num_cached += 1
+            if len(share.cached) == 1:
+                self.shares.by_blocks.raised(share)
         if hold.session is not None:
             named = [block_id for block_id in block_ids if blocks[block_id].name is not None]
             self.retention.keep(hold.session, named, self.now_s)
@@ -191,7 +200,7 @@ class BlockPool:
             if hold is None:
                 raise ValueError(f"block {block_id} is not in quarantine")
             self._count(hold, -1)
-            self._free.append(block_id)
+            self._set_free(block_id)
 
     # Names
 
@@ -239,13 +248,15 @@ class BlockPool:
 
     def clear_cache(self) -> int:
         """Forget every cached block; how many. Blocks that are held keep their names."""
-        cached = [*self._aside, *self._cached]
-        for block_id in cached:
+        cached = [block_id for share in self.shares for block_id in (*share.aside, *share.cached)]
+        for share in self.shares:
+            share.cached.clear()
+            share.aside.clear()
+        for block_id in reversed(cached):
             self.retention.forget(block_id)
             self._forget_name(self._blocks[block_id])
-        self._free.extend(reversed(cached))
-        self._cached.clear()
-        self._aside.clear()
+            self._set_free(block_id)
+        self._num_cached = 0
         return len(cached)
 
     # The ledger
@@ -264,7 +275,7 @@ class BlockPool:
         return BlockCounts(
             total=len(self._blocks),
             free=len(self._free),
-            cached=len(self._cached) + len(self._aside),
+            cached=self._num_cached,
             request=self._num_request,
             transfer=self._num_transfer,
             quarantine=len(self._quarantine),
@@ -312,7 +323,7 @@ class BlockPool:
         for state, num in Counter(dict.fromkeys(BlockState, 0) | Counter(states)).items():
             if counts.by_state(state) != num:
                 yield f"{num} blocks are in state {state}, but {counts.by_state(state)} are counted"
-        cached = [*self._cached, *self._aside]
+        cached = [block_id for share in self.shares for block_id in (*share.cached, *share.aside)]
         for state, listed in ((BlockState.FREE, self._free), (BlockState.CACHED, cached)):
             in_state = {block_id for block_id, its in enumerate(states) if its is state}
             if wrong := sorted(in_state.symmetric_difference(listed)):
@@ -325,10 +336,34 @@ class BlockPool:
             yield f"blocks {_some(wrong)} have names that find other blocks"
         if len(self._by_name) != len(named):
             yield f"{len(self._by_name)} names are known for {len(named)} named blocks"
+        yield from self.shares.contradictions([block.share for block in self._blocks])
         yield from self.retention.contradictions(named, cached)
         num_refs = sum(block.request_refs + block.transfer_refs for block in self._blocks)
         if (held := sum(h.num_blocks for h in self._holds)) != num_refs + len(self._quarantine):
             yield f"holders count {held} blocks, the blocks {num_refs} + {len(self._quarantine)} references"
+
+    def _evict(self, for_share: CacheShare) -> int:
+        """A cached block that is nobody's any more."""
+        share = self.shares.next_to_give()
+        block_id = self.retention.take(share)
+        self._forget_name(self._blocks[block_id])
+        self._num_cached -= 1
+        share.num_blocks -= 1
+        if share is for_share:
+            self.num_evicted_for_own += 1
+        else:
+            self.num_evicted_for_others += 1
+            self.shares.tidy(share)
+        return block_id
+
+    def _set_free(self, block_id: int) -> None:
+        block = self._blocks[block_id]
+        share, block.share = block.share, None
+        assert share is not None
+        share.num_blocks -= 1
+        if not share.num_blocks:
+            self.shares.tidy(share)
+        self._free.append(block_id)
 
     def _state(self, block_id: int) -> BlockState:
         block = self._blocks[block_id]

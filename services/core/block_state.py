@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
-from baton.services.core.retention import Session
+from baton.services.core.cache_share import CacheShare
+from baton.services.core.sessions import Session
 
 
 class Owner(Enum):
@@ -35,6 +36,8 @@ class Hold:
     num_blocks: int = 0  # kept by the pool, as is
     since_s: float = 0.0  # when it began to hold blocks, or left them in quarantine
     session: Session | None = None  # the conversation that keeps the blocks afterwards
+    tenant: str = ""  # whose share of the cache the blocks count to that it takes
+    weight: float = 1.0  # of the tenant
 
     def __str__(self) -> str:
         return f"{self.owner.value} {self.holder}"
@@ -43,11 +46,12 @@ class Hold:
 class Block:
     """One block's entry in the pool."""
 
-    __slots__ = ("generation", "name", "request_hold", "request_refs", "transfer_hold", "transfer_refs")
+    __slots__ = ("generation", "name", "request_hold", "request_refs", "share", "transfer_hold", "transfer_refs")
 
     def __init__(self) -> None:
         self.generation = 0  # grows each time the block is given out
         self.name: bytes | None = None
+        self.share: CacheShare | None = None  # whose it is; None: it is free
         self.request_refs = 0
         self.transfer_refs = 0
         self.request_hold: Hold | None = None  # the latest of them; set while request_refs > 0
@@ -73,6 +77,14 @@ class BlockCounts:
     def by_state(self, state: BlockState) -> int:
         count: int = getattr(self, state.value)
         return count
+
+
+@dataclass(frozen=True, slots=True)
+class NameEvents:
+    """Which names can be found since the last time, and which no longer. A name is in at most one of the two."""
+
+    stored: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from baton.services.core.retention import SessionTag
+from baton.services.core.sessions import SessionTag
 from baton.services.core.slo import ServiceLevel
 
 

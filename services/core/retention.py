@@ -2,7 +2,7 @@
 
 A session is a tag on blocks, which are what their contents are: several sessions may keep one block, and any request may
 use it. Blocks that a session keeps are cached blocks like others, and available like others. Only their turn to be reused
-comes later:
+comes later, among those of their tenant:
 
     1. blocks that only a closed session kept, tail first
     2. blocks that no session keeps, least recently used first; those of a session whose time is over among them,
@@ -10,65 +10,39 @@ comes later:
     3. blocks that a session keeps: the session whose time is over soonest first, its chain from the tail
 
 At most ``max_blocks`` blocks are kept. What is more takes the place of what would be reused before it, in the same order,
-or is not kept. Time passes when somebody asks: ``now`` is passed in, and nothing happens in between.
+or is not kept. Tenants share that budget by weight, like the blocks themselves: whoever keeps most for its weight makes
+room for one that keeps less. Time passes when somebody asks: ``now`` is passed in, and nothing happens in between.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+
+from baton.services.core.cache_share import CacheShare, CacheShares
+from baton.services.core.sessions import Session, SessionTag, Soonest
 
 # Positions of blocks of closed sessions lie before all positions of others, which count from 0.
 _FIRST_CLOSED = -(1 << 62)
 _SLACK = 64  # entries of a heap that may be out of date, beside as many as are not
 
 
-@dataclass(frozen=True, slots=True)
-class SessionTag:
-    """What a request says of its conversation. ``key`` is unique over tenants."""
-
-    key: str
-    ttl_s: float  # how long its blocks are kept after its last request
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One conversation on one worker."""
-
-    key: str
-    ttl_s: float
-    expires_s: float = 0.0
-    blocks: dict[int, None] = field(
-        default_factory=dict
-    )  # that it keeps: its latest chain, then what is left of others
-    is_known: bool = False
-    is_closed: bool = False
-
-
 class Retention:
     """The sessions of one pool. Belongs to the pool's thread; every operation is O(log sessions) a block."""
 
-    def __init__(self, max_blocks: int, max_sessions: int, cached: OrderedDict[int, None]) -> None:
-        """``cached``: the pool's idle named blocks, least recently used first, but for those that are ``aside``."""
+    def __init__(
+        self, max_blocks: int, max_sessions: int, shares: CacheShares, share_of: Callable[[int], CacheShare | None]
+    ) -> None:
+        """``share_of`` a block: whose it is. None: it is free."""
         self.max_blocks = max_blocks
         self._max_sessions = max_sessions
-        self._cached = cached
-        self.aside: dict[int, int] = {}
-        """Idle named blocks that are not in ``cached``, with their positions: older than all in there, or first to go."""
+        self._shares = shares
+        self._share_of = share_of
         self._sessions: dict[str, Session] = {}
         self._owners: dict[int, set[Session]] = {}
-        self._loose: list[tuple[int, int]] = []  # a heap of (position, block) of those aside that nobody keeps
-        self._by_expiry = _Soonest()
-        self._with_blocks = _Soonest()
+        self._by_expiry = Soonest()
         self._next_position = 0
         self._next_closed = _FIRST_CLOSED
-
-    @property
-    def is_active(self) -> bool:
-        """The order of reuse may be another than the pool's own."""
-        return bool(self._owners or self.aside)
 
     @property
     def num_kept(self) -> int:
@@ -86,12 +60,16 @@ class Retention:
 
     # Sessions.
 
-    def open(self, tag: SessionTag, now: float) -> Session:
+    def open(self, tag: SessionTag, now: float, tenant: str = "", weight: float = 1.0) -> Session:
         """A request of the conversation begins: its time begins anew."""
         self.lapse(now)
+        share = self._shares.of(tenant, weight)
         session = self._sessions.get(tag.key)
+        if session is not None and session.share is not share:  # names tell tenants apart: somebody called it another's
+            self._drop(session)
+            session = None
         if session is None:
-            session = self._add(Session(tag.key, tag.ttl_s))
+            session = self._add(Session(tag.key, tag.ttl_s, share))
         session.ttl_s = tag.ttl_s
         self._touch(session, now)
         return session
@@ -102,23 +80,31 @@ class Retention:
             self._dismiss(reversed(block_ids))
             return
         self.lapse(now)
-        session = self._sessions.get(session.key) or self._add(session)
+        known = self._sessions.get(session.key)
+        if known is None:
+            session.share = self._shares.of(session.share.tenant, session.share.weight)
+            known = self._add(session)
+        session, share = known, known.share
         self._touch(session, now)
         session.blocks = _first(block_ids, session.blocks, session.blocks)
         chain, added = frozenset(block_ids), set[int]()
         for block_id in block_ids:
-            if block_id in session.blocks:
+            if block_id in session.blocks or self._share_of(block_id) is not share:
                 continue
-            has_room = block_id in self._owners or len(self._owners) < self.max_blocks
-            if not has_room and not self._make_room(session, chain):
-                break
-            self._owners.setdefault(block_id, set()).add(session)
+            owners = self._owners.get(block_id)
+            if owners is None:
+                if len(self._owners) >= self.max_blocks and not self._make_room(session, chain):
+                    break
+                owners = self._owners[block_id] = set()
+                share.num_kept += 1
+            owners.add(session)
             added.add(block_id)
         session.blocks = _first(block_ids, session.blocks.keys() | added, session.blocks)
-        self._with_blocks.push(session)
+        share.with_blocks.push(session)
+        self._shares.by_kept.raised(share)
 
     def close(self, key: str, now: float) -> bool:
-        """The conversation is over. What only it kept is reused before everything else. False: it was not known."""
+        """The conversation is over. What only it kept is reused before all else of its tenant. False: it was not known."""
         session = self.get(key, now)
         if session is None:
             return False
@@ -135,28 +121,35 @@ class Retention:
 
     # For the pool.
 
-    def take(self) -> int:
-        """The idle named block that is reused next. There must be one."""
+    def take(self, share: CacheShare) -> int:
+        """The idle named block of this tenant that is reused next. There must be one."""
+        if not share.num_kept and not share.aside:
+            return share.cached.popitem(last=False)[0]
         while True:
-            while self._loose:
-                position, block_id = heappop(self._loose)
-                if self.aside.get(block_id) == position:
-                    del self.aside[block_id]
+            while share.loose:
+                position, block_id = heappop(share.loose)
+                if share.aside.get(block_id) == position:
+                    del share.aside[block_id]
                     return block_id
-            while self._cached:
-                block_id, _none = self._cached.popitem(last=False)
+            while share.cached:
+                block_id, _none = share.cached.popitem(last=False)
                 if block_id not in self._owners:
                     return block_id
-                self.aside[block_id] = self._next_position
+                share.aside[block_id] = self._next_position
                 self._next_position += 1
-            session = self._first_with_blocks()
+            session = _first_with_blocks(share)
             assert session is not None
             self._disown(session.blocks.popitem()[0], session)
 
     def forget(self, block_id: int) -> None:
         """The block has lost its name: nobody keeps it."""
-        for session in self._owners.pop(block_id, ()):
+        owners = self._owners.pop(block_id, None)
+        if owners is None:
+            return
+        for session in owners:
             del session.blocks[block_id]
+            share = session.share
+        share.num_kept -= 1
 
     def contradictions(self, named: Iterable[int], idle: Iterable[int]) -> Iterator[str]:
         """What a recount finds that is not as it should be. ``idle``: of the ``named`` blocks, those that nobody holds."""
@@ -167,34 +160,50 @@ class Retention:
         pairs = {(session, block_id) for block_id, owners in self._owners.items() for session in owners}
         if pairs != {(session, block_id) for session in self._sessions.values() for block_id in session.blocks}:
             yield "sessions and blocks contradict each other on who keeps what"
-        if held := sorted(self.aside.keys() - set(idle)):
-            yield f"blocks {held[:10]} are put aside, but in use"
-        loose = {block_id for position, block_id in self._loose if self.aside.get(block_id) == position}
-        if lost := sorted(self.aside.keys() - self._owners.keys() - loose):
-            yield f"blocks {lost[:10]} are put aside, but nobody keeps them"
+        if len(self._sessions) != sum(len(share.sessions) for share in self._shares):
+            yield f"{len(self._sessions)} sessions are known, and others by tenant"
+        idle = set(idle)
+        for share in self._shares:
+            kept = {block_id for session in share.sessions.values() for block_id in session.blocks}
+            if len(kept) != share.num_kept or any(self._share_of(block_id) is not share for block_id in kept):
+                yield f"sessions of tenant {share.tenant!r} keep {len(kept)} blocks, {share.num_kept} are counted"
+            if held := sorted(share.aside.keys() - idle):
+                yield f"blocks {held[:10]} are put aside, but in use"
+            loose = {block_id for position, block_id in share.loose if share.aside.get(block_id) == position}
+            if lost := sorted(share.aside.keys() - self._owners.keys() - loose):
+                yield f"blocks {lost[:10]} are put aside, but nobody keeps them"
 
     # Inside.
 
     def _add(self, session: Session) -> Session:
-        if len(self._sessions) >= self._max_sessions and (soonest := self._by_expiry.first()) is not None:
-            self._drop(soonest)
-        self._sessions[session.key] = session
+        share = session.share
+        self._sessions[session.key] = share.sessions[session.key] = session
+        self._shares.by_sessions.raised(share)
+        if len(self._sessions) > self._max_sessions and (most := self._shares.by_sessions.first()) is not None:
+            # Of whoever has most for its weight. The new one is in no order yet, so that it is not the one.
+            soonest = most.by_expiry.first() or self._by_expiry.first()
+            if soonest is not None:
+                self._drop(soonest)
         session.is_known = True
         return session
 
     def _touch(self, session: Session, now: float) -> None:
         session.expires_s = now + session.ttl_s
-        for soonest in (self._by_expiry, self._with_blocks):
+        self._by_expiry.push(session)
+        self._by_expiry.compact(self._sessions)
+        share = session.share
+        for soonest in (share.by_expiry, share.with_blocks):
             soonest.push(session)
-            soonest.compact(self._sessions)
+            soonest.compact(share.sessions)
 
     def _drop(self, session: Session) -> None:
         """It is not known any more, and what it kept is where it would be without it."""
-        del self._sessions[session.key]
+        del self._sessions[session.key], session.share.sessions[session.key]
         session.is_known = False
         blocks, session.blocks = session.blocks, {}
         for block_id in blocks:
             self._disown(block_id, session)
+        self._shares.tidy(session.share)
 
     def _disown(self, block_id: int, session: Session) -> bool:
         """One session keeps the block no longer. True: nobody does."""
@@ -203,74 +212,52 @@ class Retention:
         if owners:
             return False
         del self._owners[block_id]
-        if (position := self.aside.get(block_id)) is not None:
-            heappush(self._loose, (position, block_id))
+        share = session.share
+        share.num_kept -= 1
+        if (position := share.aside.get(block_id)) is not None:
+            heappush(share.loose, (position, block_id))
         return True
 
     def _dismiss(self, block_ids: Iterable[int]) -> None:
         """Those of them that nobody keeps or holds are reused first, in this order."""
         for block_id in block_ids:
-            if block_id in self._owners:
+            share = self._share_of(block_id)
+            if share is None or block_id in self._owners:
                 continue
-            if block_id in self._cached:
-                del self._cached[block_id]
-            elif block_id not in self.aside:
+            if block_id in share.cached:
+                del share.cached[block_id]
+            elif block_id not in share.aside:
                 continue
-            self.aside[block_id] = self._next_closed
-            heappush(self._loose, (self._next_closed, block_id))
+            share.aside[block_id] = self._next_closed
+            heappush(share.loose, (self._next_closed, block_id))
             self._next_closed += 1
-        if len(self._loose) > 2 * len(self.aside) + _SLACK:
-            self._loose = [entry for entry in self._loose if self.aside.get(entry[1]) == entry[0]]
-            heapify(self._loose)
+            if len(share.loose) > 2 * len(share.aside) + _SLACK:
+                share.loose = [entry for entry in share.loose if share.aside.get(entry[1]) == entry[0]]
+                heapify(share.loose)
 
     def _make_room(self, session: Session, chain: frozenset[int]) -> bool:
         """Takes one block from whoever would lose it first. False: that is the one for which there should be room."""
-        while (first := self._first_with_blocks()) is not None:
+        share, most = session.share, self._shares.by_kept.first()
+        if most is not None and most.num_kept / most.weight > (share.num_kept + 1) / share.weight:
+            share = most
+        while (first := _first_with_blocks(share)) is not None:
             block_id = next(reversed(first.blocks))
-            if first is session and block_id in chain:
-                return False
-            if first is not session and first.expires_s > session.expires_s:
-                return False
+            if share is session.share:
+                if first is session and block_id in chain:
+                    return False
+                if first is not session and first.expires_s > session.expires_s:
+                    return False
             del first.blocks[block_id]
             if self._disown(block_id, first):
                 return True
         return False
 
-    def _first_with_blocks(self) -> Session | None:
-        """The session that loses a block next."""
-        while (session := self._with_blocks.first()) is not None and not session.blocks:
-            self._with_blocks.pop()
-        return session
 
-
-class _Soonest:
-    """Known sessions by the end of their time. A session is pushed whenever that changes; earlier entries do not count."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Session]] = []
-        self._num_pushed = 0
-
-    def push(self, session: Session) -> None:
-        heappush(self._heap, (session.expires_s, self._num_pushed, session))
-        self._num_pushed += 1
-
-    def pop(self) -> None:
-        heappop(self._heap)
-
-    def first(self) -> Session | None:
-        while self._heap:
-            expires_s, _number, session = self._heap[0]
-            if session.is_known and session.expires_s == expires_s:
-                return session
-            heappop(self._heap)
-        return None
-
-    def compact(self, sessions: dict[str, Session]) -> None:
-        """Where most entries do not count any more, leaves one for each of ``sessions``."""
-        if len(self._heap) > 2 * len(sessions) + _SLACK:
-            self._heap.clear()
-            for session in sessions.values():
-                self.push(session)
+def _first_with_blocks(share: CacheShare) -> Session | None:
+    """The session of this tenant that loses a block next."""
+    while (session := share.with_blocks.first()) is not None and not session.blocks:
+        share.with_blocks.pop()
+    return session
 
 
 def _first(block_ids: Iterable[int], among: Iterable[int], others: dict[int, None]) -> dict[int, None]:

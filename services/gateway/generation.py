@@ -8,7 +8,7 @@ from typing import Protocol
 
 from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.request import SamplingParams
-from baton.services.core.retention import SessionTag
+from baton.services.core.sessions import SessionTag
 from baton.services.core.slo import CLASS_TARGETS, MAX_WEIGHT, MIN_WEIGHT, ServiceLevel, SloClass
 from baton.services.core.tenants import ANONYMOUS, Tenant
 from baton.services.core.token_order import TokenDelta

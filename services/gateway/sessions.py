@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from baton.services.core.retention import SessionTag
+from baton.services.core.sessions import SessionTag
 from baton.services.core.tenants import Tenant
 from baton.services.gateway.anthropic_models import MessagesBody
 from baton.services.gateway.options import Caller, GenerationOptions

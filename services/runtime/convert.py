@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, Request, SampledToken, SamplingParams, TokenLogprobs
-from baton.services.core.retention import SessionTag
 from baton.services.core.router import Role
+from baton.services.core.sessions import SessionTag
 from baton.services.core.slo import MAX_WEIGHT, MIN_WEIGHT, ServiceLevel, SloClass
 
 # The limits of common.proto.

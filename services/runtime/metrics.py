@@ -242,13 +242,20 @@ class _WorkerCollector(Collector):
         transfers = CounterMetricFamily(
             "baton_worker_kv_received_bytes", "KV bytes received.", labels=["worker", "transport"]
         )
+        # By whose room it was, not by tenant: tenants are as many as there are keys.
+        evicted = CounterMetricFamily(
+            "baton_kv_evicted_blocks", "Cached blocks that made room.", labels=["worker", "room_for"]
+        )
         for status in statuses:
+            evicted.add_metric([status.identity.worker_id, "same_tenant"], status.evicted_for_own_total)
+            evicted.add_metric([status.identity.worker_id, "other_tenant"], status.evicted_for_others_total)
             for state in BLOCK_STATES:
                 blocks.add_metric([status.identity.worker_id, state], getattr(status.kv_blocks, state))
             for transport, num_bytes in status.kv_transfer_bytes_total.items():
                 transfers.add_metric([status.identity.worker_id, transport], num_bytes)
         yield blocks
         yield transfers
+        yield evicted
 
         for gauge, text, field in (
             ("baton_worker_queued_requests", "Requests waiting for their first step.", "queued"),
@@ -258,6 +265,7 @@ class _WorkerCollector(Collector):
             ("baton_sessions", "Conversations whose blocks are kept between turns.", "sessions"),
             ("baton_kv_retained_bytes", "KV bytes that conversations keep; can be given out.", "retained_bytes"),
             ("baton_kv_retained_bytes_budget", "Most KV bytes that they may keep.", "retained_bytes_budget"),
+            ("baton_kv_cache_tenants", "Tenants that have blocks in the pool, or sessions.", "cache_tenants"),
         ):
             family = GaugeMetricFamily(gauge, text, labels=["worker"])
             for status in statuses:

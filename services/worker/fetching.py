@@ -22,6 +22,7 @@ from baton.kvtransfer.identity import HandoffId, HandoffKey, WorkerIdentity
 from baton.kvtransfer.messages import FirstToken, Slot, TransferReport
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.scheduler.cache_moves import MovesCache
+from baton.services.core.slo import ServiceLevel
 from baton.services.worker.step_loop import StepLoop
 
 log = structlog.get_logger(__name__)
@@ -32,6 +33,7 @@ class _Wanted:
     """A fetch under way. ``done`` gets what became of it."""
 
     names: tuple[bytes, ...]
+    level: ServiceLevel  # of the request that they come for
     done: asyncio.Future[TransferReport | TransferError]
 
     def end(self, outcome: TransferReport | TransferError) -> None:
@@ -67,11 +69,17 @@ class BlockFetcher:
     # Fetching.
 
     async def fetch(
-        self, key: HandoffKey, source: pb.FetchSource, block_names: Sequence[bytes], deadline_s: float | None
+        self,
+        key: HandoffKey,
+        source: pb.FetchSource,
+        block_names: Sequence[bytes],
+        deadline_s: float | None,
+        level: ServiceLevel,
     ) -> pb.FetchReport | None:
         """Brings the leading blocks that ``source`` names here. None: they are here already.
 
-        ``block_names`` are the prompt's. Never raises: a report with an error says why they did not come.
+        ``block_names`` are the prompt's, ``level`` is the request's. Never raises: a report with an error says why they did
+        not come.
         """
         names = tuple(block_names[: source.num_blocks])
         if not names:
@@ -84,7 +92,7 @@ class BlockFetcher:
             async with asyncio.timeout(until_s - started_s), self._turn(names[-1]):
                 if len(names) == await self._steps.call(lambda scheduler: len(scheduler.pool.lookup(names))):
                     return None
-                outcome = await self._ask(key, source, names, until_s)
+                outcome = await self._ask(key, source, names, until_s, level)
         except TimeoutError:
             outcome = TransferError(TransferCode.EXPIRED, f"not here after {until_s - started_s:.3f} s")
         except TransferError as error:
@@ -112,11 +120,11 @@ class BlockFetcher:
             turn.set_result(None)
 
     async def _ask(
-        self, key: HandoffKey, source: pb.FetchSource, names: tuple[bytes, ...], until_s: float
+        self, key: HandoffKey, source: pb.FetchSource, names: tuple[bytes, ...], until_s: float, level: ServiceLevel
     ) -> TransferReport | TransferError:
         if key in self:
             return TransferError(TransferCode.PROTOCOL, f"{key} is already being fetched")
-        wanted = self._wanted[key] = _Wanted(names, asyncio.get_running_loop().create_future())
+        wanted = self._wanted[key] = _Wanted(names, level, asyncio.get_running_loop().create_future())
         holder = WorkerIdentity(source.holder.worker_id, source.holder.incarnation)
         try:
             await self.agent.fetch(key, holder, source.address, self.own_address, names, until_s)
@@ -141,7 +149,7 @@ class BlockFetcher:
         label = _label(key)
 
         def take(scheduler: MovesCache) -> tuple[Slot, ...]:
-            slots = scheduler.moves.reserve(label, names, scheduler.room_for_moves(), self._clock())
+            slots = scheduler.moves.reserve(label, names, scheduler.room_for_moves(), self._clock(), wanted.level)
             return tuple(Slot(slot.index, slot.block_id, slot.generation) for slot in slots)
 
         self._taking.add(key)

@@ -30,6 +30,9 @@ class PoolReport:
     ledger_error: int = 0  # 0, or a bug: blocks unaccounted for, or 1 where a recount found a contradiction
     num_sessions: int = 0  # conversations whose time is not over
     num_kept: int = 0  # blocks that they keep
+    num_tenants: int = 0  # that have something in the pool
+    num_evicted_for_own: int = 0  # cached blocks that made room for their own tenant
+    num_evicted_for_others: int = 0
 
     @property
     def is_idle(self) -> bool:
@@ -43,6 +46,9 @@ def add_report(status: pb.WorkerStatus, report: PoolReport, block_bytes: int = 0
     """What the report says, in the status that others see."""
     status.sessions = report.num_sessions
     status.retained_bytes = report.num_kept * block_bytes
+    status.cache_tenants = report.num_tenants
+    status.evicted_for_own_total = report.num_evicted_for_own
+    status.evicted_for_others_total = report.num_evicted_for_others
     counts, stats = report.counts, report.stats
     status.kv_blocks.total = counts.total
     status.kv_blocks.free = counts.free
@@ -88,8 +94,17 @@ class LedgerAudit:
         error = counts.error or int(self.found)
         retention = self._pool.retention
         retention.lapse(now_s)
-        sessions = retention.num_sessions, retention.num_kept
-        return PoolReport(counts, self._pool.overdue(now_s), scheduler.stats(), error, *sessions)
+        return PoolReport(
+            counts,
+            self._pool.overdue(now_s),
+            scheduler.stats(),
+            error,
+            num_sessions=retention.num_sessions,
+            num_kept=retention.num_kept,
+            num_tenants=len(self._pool.shares),
+            num_evicted_for_own=self._pool.num_evicted_for_own,
+            num_evicted_for_others=self._pool.num_evicted_for_others,
+        )
 
 
 class PoolWatch:

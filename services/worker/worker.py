@@ -177,7 +177,7 @@ class Worker(ABC, Generic[SchedulerT]):
         # The last token is computed here in any case, so a block that it fills is of no use.
         names = names[: (active.request.num_tokens - 1) // self._parts.pool.block_size]
         key = HandoffKey(active.request_id, active.attempt)
-        report = await self.fetcher.fetch(key, source, names, active.request.deadline_s)
+        report = await self.fetcher.fetch(key, source, names, active.request.deadline_s, active.request.service)
         del self._preparing[active.id]
         if report is not None:
             active.session.send([pb.RequestOutput(request_id=active.request_id, attempt=active.attempt, fetch=report)])

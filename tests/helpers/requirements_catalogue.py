@@ -97,6 +97,10 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         f"{_HTTP}::test_a_key_is_a_tenant_and_a_tenant_has_its_own_cache",
         "tests/conformance/test_g_agents.py::test_b102_two_tenants_never_share",
     ),
+    "R27 a flood of one tenant leaves the others their caches": (
+        "tests/integration/test_tenants.py::test_a_flood_of_one_tenant_leaves_another_its_cache",
+        "tests/simulation/test_flood.py::test_a_flood_takes_nothing_from_a_tenant_within_its_share",
+    ),
     "R29 secrets are files for one user, never arguments": (
         "tests/unit/local/test_private_directory.py::test_it_and_its_secrets_are_for_this_user_only",
         "tests/unit/runtime/test_settings.py::test_secrets_are_never_shown",
@@ -110,5 +114,4 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
 NOT_BUILT = {
     "X20": "there is no TLS between processes yet",
     "R5": "operators' routes (blocks, drain) are on the public port, behind the same keys",
-    "R27": "one tenant's cache can still displace another's",
 }

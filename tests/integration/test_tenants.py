@@ -1,4 +1,4 @@
-"""``baton serve`` with a tenants file: who comes in, how often, and that a change of the file holds at once."""
+"""``baton serve`` with tenants: who comes in, how often, that a change of the file holds at once, and whose cache is whose."""
 
 from __future__ import annotations
 
@@ -56,3 +56,35 @@ def test_tenants_come_and_go_while_it_serves(tmp_path: Path) -> None:
         assert ask(server, "third").status_code == 200
         assert ask(server, None).status_code == 401
         assert not any("Bearer third" in line or hashed("third") in line for line in server.lines)
+
+
+def test_a_flood_of_one_tenant_leaves_another_its_cache(tmp_path: Path) -> None:
+    """Through both pools. The same flood under the victim's own key shows that it is large enough."""
+    subject = make_subject("qwen3", tmp_path / "model")
+    options = (*OPTIONS[2:-2], "--kv-cache-memory", "1MiB", "--max-num-seqs", "2")
+    with serving("--model", str(subject.path), *options, "--api-key", "victim", "--api-key", "flood") as server:
+        server.key = "victim"
+        server.wait_for_workers(2)
+        num_blocks = min(worker["kv_blocks"]["total"] for worker in server.workers())
+        assert 40 <= num_blocks <= 120
+        victims = [[number, *range(10, 90)] for number in range(num_blocks // 20)]  # six blocks each
+
+        def hits(key: str, prompts: list[list[int]]) -> int:
+            found = 0
+            for prompt in prompts:
+                body = {"model": "tiny", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+                response = server.post("/v1/completions", body, headers={"authorization": f"Bearer {key}"})
+                assert response.status_code == 200, response.text
+                found += cached_tokens(response)
+            return found
+
+        flood = [[number, *range(100, 250)] for number in range(num_blocks // 4)]  # ten blocks each: twice the caches
+        assert hits("victim", victims) == 0
+        before = hits("victim", victims)
+        assert before == len(victims) * 80
+        assert hits("flood", flood) == 0
+        assert hits("victim", victims) >= 0.8 * before
+        figure = 'baton_kv_cache_tenants{worker="prefill-0"} 2.0'
+        eventually_sync(lambda: figure in server.get("/metrics").text, timeout_s=PATIENCE_S, what=figure)
+        hits("victim", flood)
+        assert hits("victim", victims) < 0.8 * before

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.block_state import BlockState, Hold, Owner
-from baton.services.core.retention import SessionTag
+from baton.services.core.sessions import SessionTag
 
 NUM_BLOCKS, MAX_KEPT = 10, 4
 # Three conversations; of one every chain is another, which is what a closed session is for.

@@ -57,9 +57,10 @@ class BlockTables:
         """Begin with a request that holds no blocks yet."""
         names = self._namer.names(request.token_ids, self._block_size, request.cache_salt)
         partial_name = names.pop() if request.num_tokens % self._block_size else None
-        hold = Hold(Owner.REQUEST, request.request_id)
+        level = request.service
+        hold = Hold(Owner.REQUEST, request.request_id, tenant=level.tenant, weight=level.weight)
         if request.session is not None and self._enable_prefix_caching:
-            hold.session = self.pool.retention.open(request.session, self.pool.now_s)
+            hold.session = self.pool.retention.open(request.session, self.pool.now_s, level.tenant, level.weight)
         return Sequence(request, order, hold, names, len(names), partial_name)
 
     def num_blocks_for(self, num_tokens: int) -> int:

@@ -15,6 +15,7 @@ from baton.services.core.block_pool import BlockPool
 from baton.services.core.block_state import Hold, Owner
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.scheduler.base import Slot
+from baton.services.core.slo import ServiceLevel
 
 
 class MovesCache(Protocol):
@@ -72,8 +73,12 @@ class CacheMoves:
 
     # Taking.
 
-    def reserve(self, label: str, names: Sequence[bytes], room: int, now: float) -> tuple[Slot, ...]:
+    def reserve(
+        self, label: str, names: Sequence[bytes], room: int, now: float, level: ServiceLevel | None = None
+    ) -> tuple[Slot, ...]:
         """Blocks to fill for those of ``names`` that are not here. It takes at most ``room`` available blocks.
+
+        ``level``: of the request that they come for, whose tenant's they are.
 
         Raises BatonError where that is not enough: what is fetched only saves time, so it never waits.
         """
@@ -86,7 +91,8 @@ class CacheMoves:
             raise BatonError(
                 ErrorCode.OVERLOADED, f"{num_taken} blocks wanted for {label}, room for {max(0, room)}", retryable=True
             )
-        hold = Hold(Owner.TRANSFER, label, now + self._lease_s)
+        level = level or ServiceLevel()
+        hold = Hold(Owner.TRANSFER, label, now + self._lease_s, tenant=level.tenant, weight=level.weight)
         self._pool.acquire(list(here.values()), hold)
         to_fill = dict(zip(missing, self._pool.allocate(len(missing), hold), strict=True))
         self._taken[label] = _Taken(hold, tuple(names), here, to_fill)

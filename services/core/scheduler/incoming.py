@@ -48,7 +48,8 @@ class IncomingHandoffs:
         key = (request.request_id, request.attempt)
         if key in self._handoffs:
             raise BatonError(ErrorCode.HANDOFF_FAILED, f"attempt {key[1]} of request {key[0]} has a handoff already")
-        hold = Hold(Owner.TRANSFER, f"{request.request_id}/{request.attempt}")
+        level = request.service
+        hold = Hold(Owner.TRANSFER, f"{request.request_id}/{request.attempt}", tenant=level.tenant, weight=level.weight)
         incoming = self._handoffs[key] = Incoming(sequence, hold, now)
         return incoming
 

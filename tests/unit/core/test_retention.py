@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.block_state import Hold, Owner
-from baton.services.core.retention import SessionTag
+from baton.services.core.sessions import SessionTag
 
 
 def request(name: str = "r") -> Hold:
@@ -162,7 +162,8 @@ def test_many_turns_leave_nothing_behind() -> None:
         turn(pool, "ab", f"t{number % 3}", ttl_s=1.5)
         if number % 5 == 0:
             pool.retention.close("s", pool.now_s)
-    heaps = (pool.retention._loose, pool.retention._by_expiry._heap, pool.retention._with_blocks._heap)
+    (share,) = pool.shares
+    heaps = (share.loose, share.by_expiry, share.with_blocks, pool.retention._by_expiry, pool.shares.by_blocks)
     assert max(map(len, heaps)) < 200
 
 

@@ -15,7 +15,7 @@ from helpers.tool_templates import TOOL_TEMPLATE
 
 from baton.api.common.v1 import common_pb2
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
-from baton.services.core.retention import SessionTag
+from baton.services.core.sessions import SessionTag
 from baton.services.gateway.grpc_inference import InferenceServicer
 from baton.services.gateway.openai_models import ChatCompletionBody, CompletionBody
 from baton.services.gateway.tokenizer import ModelTokenizer

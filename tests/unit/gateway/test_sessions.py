@@ -13,7 +13,7 @@ from helpers.gateway_api import Gateway, make_gateway
 
 from baton.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from baton.services.core.errors import BatonError
-from baton.services.core.retention import SessionTag
+from baton.services.core.sessions import SessionTag
 from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.session_calls import KeptBlocks, SessionCalls
 from baton.services.gateway.tenant_files import ring_of_keys

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.request import FinishReason, SampledToken, SamplingParams, TokenLogprobs
-from baton.services.core.retention import SessionTag
 from baton.services.core.router import Role
+from baton.services.core.sessions import SessionTag
 from baton.services.core.slo import ServiceLevel, SloClass
 from baton.services.runtime import convert
 

@@ -150,6 +150,9 @@ def test_worker_figures_are_read_at_the_scrape_and_leave_with_the_worker() -> No
             sessions=3,
             retained_bytes=640,
             retained_bytes_budget=1280,
+            cache_tenants=2,
+            evicted_for_own_total=8,
+            evicted_for_others_total=5,
         ),
     ]
     metrics = Metrics(lambda: statuses, version="0.1.0")
@@ -165,6 +168,9 @@ def test_worker_figures_are_read_at_the_scrape_and_leave_with_the_worker() -> No
     assert value(metrics, "baton_sessions", worker="d-0") == 3
     assert value(metrics, "baton_kv_retained_bytes", worker="d-0") == 640
     assert value(metrics, "baton_kv_retained_bytes_budget", worker="d-0") == 1280
+    assert value(metrics, "baton_kv_cache_tenants", worker="d-0") == 2
+    assert value(metrics, "baton_kv_evicted_blocks_total", worker="d-0", room_for="same_tenant") == 8
+    assert value(metrics, "baton_kv_evicted_blocks_total", worker="d-0", room_for="other_tenant") == 5
     statuses.clear()
     assert not [labels for _, labels in samples(metrics) if ("pool", "p-0") in labels or ("worker", "d-0") in labels]
     assert value(metrics, "baton_kv_ledger_error") == 0

@@ -327,7 +327,7 @@ class KVBlockCounts(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., request: _Optional[int] = ..., transfer: _Optional[int] = ..., quarantine: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total", "batch_queued_tokens", "prompt_share", "sessions", "retained_bytes", "retained_bytes_budget")
+    __slots__ = ("identity", "role", "state", "pid", "address", "model", "compatibility", "queued", "running", "queued_tokens", "kv_blocks", "overdue", "ledger_error", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "prefill_s_per_token", "decode_step_s", "kv_data_address", "host_id", "kv_event_seq", "prompt_tokens_total", "generation_tokens_total", "kv_transfer_bytes_total", "preemptions_total", "fenced_total", "out_of_memory_total", "started_ms", "problem", "corrupt_blocks_total", "batch_queued_tokens", "prompt_share", "sessions", "retained_bytes", "retained_bytes_budget", "cache_tenants", "evicted_for_own_total", "evicted_for_others_total")
     class KvTransferBytesTotalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -370,6 +370,9 @@ class WorkerStatus(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     RETAINED_BYTES_FIELD_NUMBER: _ClassVar[int]
     RETAINED_BYTES_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    CACHE_TENANTS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FOR_OWN_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FOR_OTHERS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     identity: WorkerIdentity
     role: WorkerRole
     state: WorkerState
@@ -405,4 +408,7 @@ class WorkerStatus(_message.Message):
     sessions: int
     retained_bytes: int
     retained_bytes_budget: int
-    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ..., batch_queued_tokens: _Optional[int] = ..., prompt_share: _Optional[float] = ..., sessions: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., retained_bytes_budget: _Optional[int] = ...) -> None: ...
+    cache_tenants: int
+    evicted_for_own_total: int
+    evicted_for_others_total: int
+    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., state: _Optional[_Union[WorkerState, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., model: _Optional[str] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_blocks: _Optional[_Union[KVBlockCounts, _Mapping]] = ..., overdue: _Optional[int] = ..., ledger_error: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., kv_data_address: _Optional[str] = ..., host_id: _Optional[str] = ..., kv_event_seq: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generation_tokens_total: _Optional[int] = ..., kv_transfer_bytes_total: _Optional[_Mapping[str, int]] = ..., preemptions_total: _Optional[int] = ..., fenced_total: _Optional[int] = ..., out_of_memory_total: _Optional[int] = ..., started_ms: _Optional[int] = ..., problem: _Optional[str] = ..., corrupt_blocks_total: _Optional[int] = ..., batch_queued_tokens: _Optional[int] = ..., prompt_share: _Optional[float] = ..., sessions: _Optional[int] = ..., retained_bytes: _Optional[int] = ..., retained_bytes_budget: _Optional[int] = ..., cache_tenants: _Optional[int] = ..., evicted_for_own_total: _Optional[int] = ..., evicted_for_others_total: _Optional[int] = ...) -> None: ...
