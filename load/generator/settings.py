@@ -14,7 +14,7 @@ from baton.load.generator.arrivals import Arrival
 from baton.load.generator.http_client import Target
 from baton.load.generator.metrics import Slo
 from baton.load.generator.workload import Lengths
-from baton.services.runtime.settings import OptionSet, StringList
+from baton.services.runtime.option_set import OptionSet, StringList
 
 DEFAULT_NUM_PROMPTS = 100
 _GOODPUT = re.compile(r"(ttft|tpot|e2el):(\d+(?:\.\d+)?)")

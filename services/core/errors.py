@@ -13,6 +13,7 @@ class ErrorCode(StrEnum):
     MODEL_NOT_FOUND = "model_not_found"
     NOT_FOUND = "not_found"
     UNAUTHENTICATED = "invalid_api_key"
+    FORBIDDEN = "permission_denied"
     RATE_LIMITED = "rate_limit_exceeded"
     QUOTA_EXCEEDED = "insufficient_quota"
     OVERLOADED = "overloaded"

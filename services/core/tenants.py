@@ -30,12 +30,14 @@ class TenantLimits:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """The owner of some API keys. ``tenant_id`` is hex, and part of every block name; ``weight``: its share of busy workers."""
+    """The owner of some API keys. ``tenant_id`` is hex, and part of every block name; ``weight``: its share of busy workers
+    and of their caches. ``is_admin``: it may do what operators do."""
 
     tenant_id: str
     name: str
     weight: float = 1.0
     limits: TenantLimits = field(default_factory=TenantLimits)
+    is_admin: bool = False
 
 
 # All clients of a gateway without keys.

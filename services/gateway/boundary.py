@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from baton.services.core.errors import BatonError
 from baton.services.core.tenants import ANONYMOUS, Tenant
-from baton.services.gateway.auth import OPEN_PATHS
+from baton.services.gateway.auth import OPEN_PATHS, Authenticator
 from baton.services.gateway.deps import GatewayDeps, Refusal
 from baton.services.gateway.errors import HttpRefusal, public_error
 from baton.services.gateway.generation import SloTarget
@@ -52,13 +52,15 @@ def inside(deps: GatewayDeps, tenant: Tenant) -> Iterator[None]:
 class Boundary:
     """ASGI middleware. Gives the request its id and time of arrival, checks its headers and its key, and lets it in.
 
-    Sets ``request_id``, ``received_s`` and ``tenant`` in the scope's state. Sends the id back in every response, and with
-    it what is left of the tenant's limits.
+    Sets ``request_id``, ``received_s``, ``tenant``, ``may_operate`` and ``whose`` in the scope's state: the tenant whose
+    receipts may be seen, None for all. Sends the id back in every response, and with it what is left of the tenant's limits.
     """
 
-    def __init__(self, app: ASGIApp, deps: GatewayDeps) -> None:
+    def __init__(self, app: ASGIApp, deps: GatewayDeps, operators: Authenticator | None = None) -> None:
+        """``operators``: it is their listener, and these are its keys."""
         self._app = app
         self._deps = deps
+        self._operators = operators
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,6 +70,8 @@ class Boundary:
         state["received_s"] = self._deps.clock()
         state["request_id"] = new_request_id()
         state["tenant"] = ANONYMOUS
+        state["may_operate"] = False
+        state["whose"] = ANONYMOUS.tenant_id
         is_generation = scope["path"] in GENERATION_PATHS and scope["method"] == "POST"
 
         has_started = False
@@ -84,7 +88,7 @@ class Boundary:
 
         try:
             state["request_id"] = self._check(scope) or state["request_id"]
-            state["tenant"] = self._authenticate(scope)
+            self._authenticate(scope, state)
             with inside(self._deps, state["tenant"]) if is_generation else nullcontext():
                 await self._app(scope, receive, send_with_id)
         except Exception as error:
@@ -108,12 +112,17 @@ class Boundary:
         request_id = headers.get(REQUEST_ID_HEADER)
         return None if request_id is None else check_request_id(request_id)
 
-    def _authenticate(self, scope: Scope) -> Tenant:
+    def _authenticate(self, scope: Scope, state: dict[str, object]) -> None:
         """Decided by the path that is routed: a URL put together from headers could say something else."""
         if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
-            return ANONYMOUS
+            return
         headers = Headers(scope=scope)
-        return self._deps.authenticator.tenant(headers.get("authorization"), headers.get("x-api-key"))
+        keys = self._operators or self._deps.authenticator
+        tenant = keys.tenant(headers.get("authorization"), headers.get("x-api-key"))
+        sees_all = self._operators is not None or tenant.is_admin
+        state["tenant"] = tenant
+        state["may_operate"] = sees_all or not keys.needs_key
+        state["whose"] = None if sees_all else tenant.tenant_id
 
     def _limit_headers(self, tenant: Tenant) -> list[tuple[bytes, bytes]]:
         """As OpenAI's clients read them."""

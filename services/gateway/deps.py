@@ -38,7 +38,8 @@ def _ignore(refusal: Refusal) -> None:
 
 @dataclass(slots=True)
 class GatewayDeps:
-    """``ready`` says whether a usable pair can serve, and why not. ``receipt`` finds a receipt by its client-side id."""
+    """``ready`` says whether a usable pair can serve, and why not. ``receipt`` finds a receipt by its client-side id, among
+    those of one tenant, or, for None, of all."""
 
     dispatcher: Dispatcher
     tokenizer: ModelTokenizer
@@ -46,7 +47,7 @@ class GatewayDeps:
     ready: Callable[[], tuple[bool, str]]
     metrics: Callable[[], bytes]
     workers: Callable[[], list[dict[str, Any]]]
-    receipt: Callable[[str], dict[str, Any] | None]
+    receipt: Callable[[str, str | None], dict[str, Any] | None]
     decisions: Callable[[], dict[str, Any]] = dict
     authenticator: Authenticator = field(default_factory=Authenticator)
     limits: Limits = field(default_factory=Limits)

@@ -42,6 +42,7 @@ _CATALOGUE: dict[ErrorCode, _Entry] = {
     ErrorCode.MODEL_NOT_FOUND: _Entry(404, "invalid_request_error"),
     ErrorCode.NOT_FOUND: _Entry(404, "invalid_request_error"),
     ErrorCode.UNAUTHENTICATED: _Entry(401, "authentication_error"),
+    ErrorCode.FORBIDDEN: _Entry(403, "permission_error"),
     ErrorCode.RATE_LIMITED: _Entry(429, "rate_limit_error"),
     ErrorCode.QUOTA_EXCEEDED: _Entry(429, "rate_limit_error"),
     ErrorCode.OVERLOADED: _Entry(503, "overloaded_error", f"The server is at its limit of requests. {_LATER}"),

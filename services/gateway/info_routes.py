@@ -48,18 +48,14 @@ def info_router(deps: GatewayDeps) -> APIRouter:
         """The workers that the gateway knows."""
         return _json({"object": "list", "data": deps.workers()})
 
-    @router.get("/v1/decisions")
-    async def list_decisions() -> Response:
-        """Whether handing over pays, by prompt length: the threshold of now, workers' learned costs, decisions compared."""
-        return _json(deps.decisions())
-
     @router.get("/v1/requests/{request_id:path}")
-    async def get_receipt(request_id: str) -> Response:
-        """The receipt of a request, by response id or x-request-id."""
-        receipt = deps.receipt(request_id)
+    async def get_receipt(request: Request, request_id: str) -> Response:
+        """The receipt of a request, by response id or x-request-id. Of another tenant's there is none."""
+        whose = request.state.whose
+        receipt = deps.receipt(request_id, whose)
         for prefix in _ID_PREFIXES:
             if receipt is None and request_id.startswith(prefix):
-                receipt = deps.receipt(request_id.removeprefix(prefix))
+                receipt = deps.receipt(request_id.removeprefix(prefix), whose)
         if receipt is None:
             shown = request_id[:MAX_REQUEST_ID_CHARS]
             raise BatonError(ErrorCode.NOT_FOUND, f"There is no receipt for {shown!r}.", param="request_id")

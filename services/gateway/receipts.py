@@ -84,19 +84,20 @@ class ReceiptBook:
     def __init__(self, on_end: Callable[[GenerationRecord], None], max_receipts: int = MAX_RECEIPTS) -> None:
         self._on_end = on_end
         self._max_receipts = max_receipts
-        self._by_receipt: OrderedDict[str, _Response] = OrderedDict()
+        self._by_receipt: OrderedDict[tuple[str, str], _Response] = OrderedDict()  # by tenant and id, oldest first
 
     def open(self, request: GenerationRequest) -> GenerationRecord:
         """Starts the record of one generation."""
         record = GenerationRecord(request.request_id, len(request.prompt_token_ids), request.trace, request.slo)
         # The choices of one response differ behind the last dot. A client that uses its id again means another response.
         response_id = request.request_id.rpartition(".")[0]
-        response = self._by_receipt.get(request.receipt_id)
+        key = (request.tenant.tenant_id, request.receipt_id)
+        response = self._by_receipt.get(key)
         if response is None or response.response_id != response_id:
-            response = self._by_receipt[request.receipt_id] = _Response(response_id, request.model)
+            response = self._by_receipt[key] = _Response(response_id, request.model)
         record.is_first = not response.records
         response.records.append(record)
-        self._by_receipt.move_to_end(request.receipt_id)
+        self._by_receipt.move_to_end(key)
         while len(self._by_receipt) > self._max_receipts:
             self._by_receipt.popitem(last=False)
         return record
@@ -107,8 +108,13 @@ class ReceiptBook:
             record.outcome = outcome
             self._on_end(record)
 
-    def get(self, receipt_id: str) -> dict[str, object] | None:
-        found = self._by_receipt.get(receipt_id)
+    def get(self, receipt_id: str, tenant_id: str | None = None) -> dict[str, object] | None:
+        """Of one tenant; for None the newest of that name, whosever it is."""
+        if tenant_id is not None:
+            found = self._by_receipt.get((tenant_id, receipt_id))
+        else:
+            newest = (response for key, response in reversed(self._by_receipt.items()) if key[1] == receipt_id)
+            found = next(newest, None)
         return None if found is None else render_receipt(receipt_id, found.model, found.records)
 
 

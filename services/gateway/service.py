@@ -7,14 +7,13 @@ import os
 import socket
 import time
 import uuid
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import grpc
 import structlog
-import uvicorn
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -27,13 +26,14 @@ from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.router import Placement, Role
 from baton.services.engine.config_file import ConfigFile
 from baton.services.engine.model_folder import resolve_model_folder
-from baton.services.gateway.app import create_app
+from baton.services.gateway.app import create_admin_app, create_app
 from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.deps import GatewayDeps, Refusal
 from baton.services.gateway.discovery import Discovery
 from baton.services.gateway.dispatch import WorkerDispatcher
 from baton.services.gateway.experience import Experience, read_profiles
 from baton.services.gateway.grpc_inference import InferenceServicer
+from baton.services.gateway.http_server import HttpServer
 from baton.services.gateway.limits import Limits
 from baton.services.gateway.link_prober import LinkProber, describe_links
 from baton.services.gateway.readiness import Readiness
@@ -45,13 +45,14 @@ from baton.services.gateway.tenant_files import Ring, TenantFiles, ring_of_keys
 from baton.services.gateway.tokenizer import ModelTokenizer, load_tokenizer
 from baton.services.gateway.worker_calls import WorkerCalls
 from baton.services.runtime import grpc as runtime_grpc
+from baton.services.runtime.admin_options import ADMIN_HOST
 from baton.services.runtime.block_key import read_block_key
 from baton.services.runtime.bus import Bus, NatsBus, NoBus
 from baton.services.runtime.failpoints import enable_failpoints
 from baton.services.runtime.health import SERVICE_NAME, Health
 from baton.services.runtime.metrics import Metrics
 from baton.services.runtime.net import bind_listener
-from baton.services.runtime.settings import GatewaySettings
+from baton.services.runtime.settings import GatewaySettings, is_loopback
 from baton.services.runtime.subjects import Subjects
 
 log = structlog.get_logger(__name__)
@@ -85,6 +86,10 @@ class GatewayService:
         # Before the tokenizer: a port that is taken should be told of at once.
         listener = bind_listener(settings.host, settings.port)
         stack.callback(listener.close)
+        admin_listener = None
+        if settings.admin_port is not None:
+            admin_listener = bind_listener(ADMIN_HOST, settings.admin_port)
+            stack.callback(admin_listener.close)
         grpc_server = runtime_grpc.create_server()
         grpc_port = runtime_grpc.bind_server(grpc_server, settings.host, settings.grpc_port)
         model, tokenizer = await asyncio.to_thread(self._load_model)
@@ -140,9 +145,10 @@ class GatewayService:
         stack.callback(self._deps.grammars.close)
         await self._start_bus()
         await self._start_grpc(grpc_server)
-        self._start_http(listener)
+        self._start_http(listener, admin_listener)
         self._health.set_ready()
-        log.info("listening", rest=listener.getsockname()[1], grpc=grpc_port, model=model.name)
+        admin_port = admin_listener.getsockname()[1] if admin_listener is not None else None
+        log.info("listening", rest=listener.getsockname()[1], grpc=grpc_port, admin=admin_port, model=model.name)
 
     def _load_model(self) -> tuple[ServedModel, ModelTokenizer]:
         settings = self._settings
@@ -175,6 +181,16 @@ class GatewayService:
             self._stack.callback(asyncio.create_task(files.watch(use), name="watch-keys").cancel)
         return authenticator
 
+    def _start_operators(self) -> Authenticator:
+        """Who may use the admin listener: without a file whoever reaches it, which the settings allow on loopback only."""
+        path = self._settings.admin_key_file
+        if path is None:
+            return Authenticator()
+        files = TenantFiles([path], None)
+        operators = Authenticator(ring=files.read())
+        self._stack.callback(asyncio.create_task(files.watch(operators.replace), name="watch-admin-keys").cancel)
+        return operators
+
     async def _start_bus(self) -> None:
         settings, stack = self._settings, self._stack
         token = settings.nats_token_file.read_text().strip() if settings.nats_token_file else None
@@ -203,30 +219,25 @@ class GatewayService:
         self._stack.push_async_callback(server.stop, 0.5)
         await server.start()
 
-    def _start_http(self, listener: socket.socket) -> None:
-        config = uvicorn.Config(
-            create_app(self._deps),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_keep_alive=75,
-            h11_max_incomplete_event_size=self._deps.limits.max_header_bytes,
-            # A drain waits for streams itself, and then cuts off what is left.
-            timeout_graceful_shutdown=1,
-        )
-        http = _Server(config)
-        self._http_task = asyncio.create_task(http.serve(sockets=[listener]), name="http")
-        self._stack.push_async_callback(self._stop_http, http)
-        self._stack.callback(self._deps.cut.set)  # before the server closes connections: streams end with a word
-
-    async def _stop_http(self, http: uvicorn.Server) -> None:
-        http.should_exit = True
-        await asyncio.gather(self._http_task, return_exceptions=True)  # its failure was told by ``wait_failed``
+    def _start_http(self, listener: socket.socket, admin_listener: socket.socket | None) -> None:
+        deps, stack = self._deps, self._stack
+        max_header_bytes = deps.limits.max_header_bytes
+        self._http = []
+        if admin_listener is not None:
+            admin_app = create_admin_app(deps, self._start_operators())
+            self._http.append(HttpServer(admin_app, admin_listener, "admin", max_header_bytes))
+        # Where other machines reach the port, what changes the installation is on the admin listener alone.
+        app = create_app(deps, with_operators=is_loopback(self._settings.host))
+        self._http.append(HttpServer(app, listener, "http", max_header_bytes))
+        for server in self._http:
+            stack.push_async_callback(server.stop)
+        stack.callback(deps.cut.set)  # before the server closes connections: streams end with a word
 
     async def wait_failed(self) -> None:
-        # Whoever gives up waiting must not cancel the server with it.
-        await asyncio.shield(self._http_task)
+        # Whoever gives up waiting must not cancel the servers with it, and ``wait`` does not.
+        done, _ = await asyncio.wait([server.task for server in self._http], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
 
     async def drain(self) -> None:
         self._health.set_draining()
@@ -330,13 +341,6 @@ def _log_end(record: GenerationRecord) -> None:
         ttft_ms=record.trace.ttft_ms,
         e2e_ms=record.trace.e2e_ms,
     )
-
-
-class _Server(uvicorn.Server):
-    """Signals belong to the process, not to its HTTP server."""
-
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        return nullcontext()
 
 
 def _context_length(folder: Path) -> int:

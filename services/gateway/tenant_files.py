@@ -8,6 +8,9 @@
         requests_per_minute: 600
         tokens_per_minute: 200000
         tokens_per_day: 50000000
+      - name: operations
+        keys: ["sha256:60303a..."]
+        admin: true                      # may use the operators' routes on the public port
 
 All of a tenant's keys share its limits and its KV cache. Limits are counted by each gateway for itself, from its start.
 """
@@ -69,6 +72,7 @@ class _Entry(BaseModel):
     name: str = Field(pattern=f"^{_NAME.pattern}$")
     keys: list[str] = Field(max_length=1000)
     weight: float = Field(1.0, gt=0, le=1000)
+    admin: bool = False
     max_concurrent_requests: _Limit = None
     requests_per_minute: _Limit = None
     tokens_per_minute: _Limit = None
@@ -76,7 +80,8 @@ class _Entry(BaseModel):
 
     def tenant(self) -> Tenant:
         limits = {name: getattr(self, name) for name in TenantLimits.__dataclass_fields__}
-        return Tenant(_tenant_id(f"name:{self.name}".encode()), self.name, self.weight, TenantLimits(**limits))
+        tenant_id = _tenant_id(f"name:{self.name}".encode())
+        return Tenant(tenant_id, self.name, self.weight, TenantLimits(**limits), is_admin=self.admin)
 
 
 class _File(BaseModel):

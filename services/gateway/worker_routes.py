@@ -1,12 +1,13 @@
-"""The routes for operators that ask one worker: its blocks, and to drain."""
+"""The routes for operators: what the installation does and why, one worker's blocks, to drain it, to change its role."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 import orjson
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
+from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role
 from baton.services.gateway.deps import GatewayDeps
 
@@ -14,8 +15,13 @@ _MAX_BLOCKS = 10_000
 
 
 def worker_router(deps: GatewayDeps) -> APIRouter:
-    """Behind the same keys as the list of workers."""
-    router = APIRouter()
+    """Where keys are set, a tenant's own is not enough."""
+    router = APIRouter(dependencies=[Depends(_operators_only)])
+
+    @router.get("/v1/decisions")
+    async def list_decisions() -> Response:
+        """Whether handing over pays, by prompt length: the threshold of now, workers' learned costs, decisions compared."""
+        return Response(orjson.dumps(deps.decisions()), media_type="application/json")
 
     @router.get("/v1/workers/{worker_id}/blocks")
     async def list_blocks(
@@ -49,3 +55,15 @@ def worker_router(deps: GatewayDeps) -> APIRouter:
         return Response(orjson.dumps(answer), media_type="application/json")
 
     return router
+
+
+async def _operators_only(request: Request) -> None:
+    if not request.state.may_operate:
+        message = (
+            "This API key may not do that. It takes the key of a tenant with `admin: true` in the tenants file, or the "
+            "admin listener (--admin-port)."
+        )
+        raise BatonError(ErrorCode.FORBIDDEN, message)
+    # Any page that a browser shows may send a form to loopback, where no key is needed. It cannot leave this header out.
+    if request.method == "POST" and "origin" in request.headers:
+        raise BatonError(ErrorCode.FORBIDDEN, "This may not be asked for by a web page.")

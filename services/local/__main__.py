@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from baton.services.core.errors import ConfigurationError
 from baton.services.local.bundled import with_model
 from baton.services.local.late_commands import LateGroup
 from baton.services.local.options import add_settings_command
+from baton.services.runtime.admin_options import ADMIN_HOST
 from baton.services.runtime.net import port_problem
 from baton.services.runtime.process import bound_primitive_caches, die_with_parent, exit_cleanly_on_signals
 from baton.services.runtime.settings import GatewayOptions, GatewaySettings, ServeSettings, WorkerSettings
@@ -63,11 +64,11 @@ def _worker(settings: WorkerSettings) -> int:
 
 
 def _check_ports(settings: GatewayOptions) -> None:
-    problems = [
-        problem
-        for port, option in ((settings.port, "--port"), (settings.grpc_port, "--grpc-port"))
-        if (problem := port_problem(settings.host, port, option)) is not None
-    ]
+    host = settings.host
+    ports = [(host, settings.port, "--port"), (host, settings.grpc_port, "--grpc-port")]
+    if settings.admin_port is not None:
+        ports.append((ADMIN_HOST, settings.admin_port, "--admin-port"))
+    problems = [problem for where in ports if (problem := port_problem(*where)) is not None]
     if problems:
         raise SettingsError(problems)
 
@@ -94,6 +95,22 @@ def _demo() -> int:
 
 _Url = Annotated[str, typer.Option(help="Where the gateway's REST API is.", envvar="BATON_URL")]
 _Key = Annotated[str | None, typer.Option(help="API key.", envvar="BATON_API_KEY", show_envvar=False)]
+# Of commands that change something, or show what tenants should not see.
+_AdminUrl = Annotated[
+    str,
+    typer.Option(
+        help="The gateway's admin listener (--admin-port), or its REST API where that has these routes.",
+        envvar=["BATON_ADMIN_URL", "BATON_URL"],
+    ),
+]
+_AdminKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Key of the admin listener, or of a tenant with admin: true.",
+        envvar=["BATON_ADMIN_KEY", "BATON_API_KEY"],
+        show_envvar=False,
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 
 
@@ -192,8 +209,8 @@ def _doctor(
 
 @app.command("blocks")
 def _blocks(
-    url: _Url = "http://127.0.0.1:8000",
-    api_key: _Key = None,
+    url: _AdminUrl = "http://127.0.0.1:8000",
+    api_key: _AdminKey = None,
     worker: Annotated[str | None, typer.Option(help="Only this worker.", metavar="ID")] = None,
     overdue: Annotated[bool, typer.Option("--overdue", help="Only blocks held past their deadline.")] = False,
     cached: Annotated[bool, typer.Option("--cached", help="Also what is kept as prefix cache.")] = False,
@@ -207,8 +224,8 @@ def _blocks(
 @app.command("drain")
 def _drain(
     worker: Annotated[str, typer.Argument(help="The worker's id.", metavar="WORKER")],
-    url: _Url = "http://127.0.0.1:8000",
-    api_key: _Key = None,
+    url: _AdminUrl = "http://127.0.0.1:8000",
+    api_key: _AdminKey = None,
     timeout_s: Annotated[
         float,
         typer.Option(help="Seconds that running requests get; what is left goes on elsewhere.", min=0.001, max=3600),
@@ -218,6 +235,23 @@ def _drain(
     from baton.services.local.blocks import drain_worker
 
     return drain_worker(url, api_key, worker, timeout_s)
+
+
+@app.command("role")
+def _role(
+    worker: Annotated[str, typer.Argument(help="The worker's id.", metavar="WORKER")],
+    role: Annotated[Literal["prefill", "decode"], typer.Argument(help="What it is to do.")],
+    url: _AdminUrl = "http://127.0.0.1:8000",
+    api_key: _AdminKey = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option(help="Seconds that running requests get; what is left goes on elsewhere.", min=0.001, max=3600),
+    ] = 30.0,
+) -> int:
+    """Give a worker another role while it runs."""
+    from baton.services.local.blocks import change_role
+
+    return change_role(url, api_key, worker, role, timeout_s)
 
 
 @app.command("key")

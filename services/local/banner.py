@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from baton.services.runtime.admin_options import ADMIN_HOST
 from baton.services.runtime.net import format_address
 from baton.services.runtime.settings import ServeSettings, is_loopback, is_wildcard
 
@@ -26,6 +27,7 @@ def banner(settings: ServeSettings, workers: Sequence[dict[str, Any]]) -> str:
             f"{settings.served_model_name}  {_common(workers, 'kv_dtype')}  up to {_common(workers, 'max_model_len')} tokens",
         ),
         ("mode", settings.mode),
+        *([("admin", _admin(settings))] if settings.admin_port is not None else []),
         *((worker["id"], _pool(worker)) for worker in workers),
         ("auth", "API key" if has_keys else "none: whoever reaches the port can use it"),
     ]
@@ -50,6 +52,11 @@ def curl_line(url: str, model: str, has_keys: bool) -> str:
     body = {"model": model, "stream": True, "max_tokens": 32, "messages": [{"role": "user", "content": question}]}
     key = ' -H "authorization: Bearer $BATON_API_KEY"' if has_keys else ""
     return f"curl -N {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{json.dumps(body)}'"
+
+
+def _admin(settings: ServeSettings) -> str:
+    url = f"http://{format_address(ADMIN_HOST, settings.admin_port or 0)}"
+    return f"{url}  (operators' routes: baton drain, role, blocks --url {url})"
 
 
 def _pool(worker: dict[str, Any]) -> str:

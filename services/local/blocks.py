@@ -1,4 +1,4 @@
-"""``baton blocks`` and ``baton drain``: what the workers' ledgers show, and taking a worker out of use."""
+"""``baton blocks``, ``drain`` and ``role``: what workers' ledgers show, taking a worker out of use, and giving it another."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def drain_worker(url: str, api_key: str | None, worker_id: str, timeout_s: float
         print(f"{worker_id} is drained" + (f"; {left} request(s) were handed back to go on elsewhere" if left else ""))
 
     return with_gateway("drain", url, api_key, drain, timeout_s=timeout_s + _ANSWER_S)
+
+
+def change_role(url: str, api_key: str | None, worker_id: str, role: str, timeout_s: float) -> int:
+    """Returns 0 when the worker serves in that role."""
+
+    def change(client: GatewayClient) -> None:
+        path = f"/v1/workers/{quote(worker_id, safe='')}/role?role={role}&timeout_s={timeout_s}"
+        answer = checked(client.post(path, None))
+        word = "already" if answer["state"] == "unchanged" else "now"
+        print(f"{worker_id} is {word} a {role} worker")
+
+    return with_gateway("role", url, api_key, change, timeout_s=timeout_s + _ANSWER_S)
 
 
 def client_rows(client: GatewayClient, worker_id: str | None, *, overdue: bool, cached: bool) -> list[dict[str, Any]]:

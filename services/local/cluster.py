@@ -11,6 +11,7 @@ from baton.services.local.gateway_client import GatewayClient
 from baton.services.local.nats_server import NatsServer
 from baton.services.local.options import flags_for
 from baton.services.local.private_directory import PrivateDirectory
+from baton.services.runtime.admin_options import ADMIN_HOST
 from baton.services.runtime.cores import num_cores
 from baton.services.runtime.net import free_port
 from baton.services.runtime.settings import GatewaySettings, ServeSettings, WorkerSettings
@@ -28,7 +29,11 @@ class LocalCluster:
         """``settings`` name their model. ``argv`` makes the command line of one of our processes."""
         host = settings.host
         self.settings = settings.model_copy(
-            update={"port": settings.port or free_port(host), "grpc_port": settings.grpc_port or free_port(host)}
+            update={
+                "port": settings.port or free_port(host),
+                "grpc_port": settings.grpc_port or free_port(host),
+                "admin_port": free_port(ADMIN_HOST) if settings.admin_port == 0 else settings.admin_port,
+            }
         )
         self._directory = PrivateDirectory()
         self.directory = self._directory.path

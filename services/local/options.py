@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from baton.services.runtime.settings import OptionSet, Settings
+from baton.services.runtime.option_set import OptionSet
+from baton.services.runtime.settings import Settings
 from baton.services.runtime.settings_loader import SettingsError, closest, flag_name, load_settings
 
 _S = TypeVar("_S", bound=OptionSet)

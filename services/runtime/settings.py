@@ -9,27 +9,26 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
 from baton.services.core.failpoints import parse_failpoints
+from baton.services.runtime.admin_options import AdminOptions
+from baton.services.runtime.option_set import (
+    OptionSet,
+    PathList,
+    Port,
+    PublicPort,
+    SecretList,
+    Size,
+    StringList,
+    readable,
+)
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 _MIB = 1024 * 1024
-
-
-def _split_commas(value: Any) -> Any:
-    """A variable holds a list as comma-separated text; flags and YAML give lists."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _positive_size(value: Any) -> Any:
-    if str(value).strip().startswith("-") or str(value).strip() == "0":
-        raise ValueError(f"must be above 0, for example 512MiB or 1GiB, got {value}")
-    return value
 
 
 def is_loopback(host: str) -> bool:
@@ -43,31 +42,6 @@ def is_loopback(host: str) -> bool:
 def is_wildcard(host: str) -> bool:
     """Whether ``host`` stands for every interface, so that nobody can connect to it by that name."""
     return host in ("0.0.0.0", "::")  # noqa: S104  compared, not bound
-
-
-StringList = Annotated[list[str], NoDecode, BeforeValidator(_split_commas)]
-SecretList = Annotated[list[SecretStr], NoDecode, BeforeValidator(_split_commas)]
-PathList = Annotated[list[Path], NoDecode, BeforeValidator(_split_commas)]
-Size = Annotated[ByteSize, BeforeValidator(_positive_size)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-PublicPort = Annotated[int | None, Field(ge=1, le=65535)]
-
-
-class OptionSet(BaseSettings):
-    """Options of a command. Those of our processes have ``Settings`` in common."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="BATON_",
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        protected_namespaces=(),
-    )
-    # Fields that --help does not show: one command sets them for another.
-    hidden: ClassVar[frozenset[str]] = frozenset()
-    # Heading above this class's own fields in --help.
-    panel: ClassVar[str] = "Options"
 
 
 class Settings(OptionSet):
@@ -154,12 +128,12 @@ class BusSettings(Settings):
     @field_validator("nats_token_file")
     @classmethod
     def _check_token_file(cls, path: Path | None) -> Path | None:
-        return _readable(path)
+        return readable(path)
 
     @field_validator("block_key_file")
     @classmethod
     def _check_block_key(cls, path: Path | None) -> Path | None:
-        if _readable(path) is not None and path is not None and not 16 <= path.stat().st_size <= 64:
+        if readable(path) is not None and path is not None and not 16 <= path.stat().st_size <= 64:
             raise ValueError(f"{path} must hold 16 to 64 bytes, it holds {path.stat().st_size}")
         return path
 
@@ -227,7 +201,7 @@ class ModelSettings(Settings):
         return size
 
 
-class GatewayOptions(Settings):
+class GatewayOptions(Settings, AdminOptions):
     """The public side, as ``baton gateway`` and ``baton serve`` share it."""
 
     panel = "Gateway"
@@ -274,19 +248,23 @@ class GatewayOptions(Settings):
     def _ports_differ(cls, grpc_port: int, info: ValidationInfo) -> int:
         if grpc_port and grpc_port == info.data.get("port"):
             raise ValueError(f"must differ from --port, both are {grpc_port}")
+        admin_port = info.data.get("admin_port")
+        for port, flag in ((info.data.get("port"), "--port"), (grpc_port, "--grpc-port")):
+            if admin_port and admin_port == port:
+                raise ValueError(f"--admin-port must differ from {flag}, both are {admin_port}")
         return grpc_port
 
     @field_validator("api_key_file")
     @classmethod
     def _check_key_files(cls, paths: list[Path]) -> list[Path]:
         for path in paths:
-            _readable(path)
+            readable(path)
         return paths
 
     @field_validator("tenants_file")
     @classmethod
     def _check_tenants_file(cls, path: Path | None) -> Path | None:
-        return _readable(path)
+        return readable(path)
 
     @property
     def needs_key(self) -> bool:
@@ -386,12 +364,3 @@ class ServeSettings(ModelSettings, GatewayOptions):
         le=3600,
         description="Seconds without an answer after which a worker is killed and replaced. 0: never.",
     )
-
-
-def _readable(path: Path | None) -> Path | None:
-    if path is not None:
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    return path

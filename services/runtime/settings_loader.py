@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 
 from baton.services.core.errors import ConfigurationError
-from baton.services.runtime.settings import OptionSet
+from baton.services.runtime.option_set import OptionSet
 
 # Set by a supervisor: problems go into this file, so that it can say once what several children would all say.
 PROBLEM_FILE_VARIABLE = "BATON_PROBLEM_FILE"

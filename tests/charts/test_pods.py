@@ -31,6 +31,8 @@ def test_the_process_accepts_its_variables(
     assert rendered.container(role)["args"] == [role]
     settings_class: type[Settings] = GatewaySettings if role == "gateway" else WorkerSettings
     given = {name: value for name, value in rendered.env(role).items() if name.startswith("BATON_")}
+    # For commands that run in the pod, `kubectl exec deploy/... -- baton drain WORKER`; not for its process.
+    assert given.pop("BATON_ADMIN_URL", None) == ("http://127.0.0.1:8002" if role == "gateway" else None)
     assert {name.removeprefix("BATON_").lower() for name in given} <= set(settings_class.model_fields)
     for name, value in given.items():
         monkeypatch.setenv(name, _in_this_process(name, value, tmp_path))
@@ -40,6 +42,16 @@ def test_the_process_accepts_its_variables(
     assert settings.host == "0.0.0.0"
     assert settings.nats_url == "nats://demo-baton-nats:4222"
     assert settings.drain_timeout_s == 60
+    assert not isinstance(settings, GatewaySettings) or settings.admin_port == 8002
+
+
+def test_the_admin_listener_can_be_reached_inside_its_pod_alone(render: Render) -> None:
+    rendered = render({"networkPolicy": {"enabled": True}})
+    assert rendered.env("gateway")["BATON_ADMIN_PORT"] == "8002"
+    assert {port["containerPort"] for port in rendered.container("gateway")["ports"]} == {8000, 8001}
+    objects = [found for found in rendered.objects if found["kind"] in ("Service", "NetworkPolicy")]
+    assert objects
+    assert not [found for found in objects if "8002" in str(found) or "admin" in str(found)]
 
 
 def test_times_to_detect_are_the_processes_defaults_unless_the_values_say_otherwise(render: Render) -> None:

@@ -197,7 +197,7 @@ def make_gateway(**changes: Any) -> Gateway:
         "ready": lambda: (True, ""),
         "metrics": lambda: b"baton_up 1\n",
         "workers": lambda: [{"id": "decode-0"}],
-        "receipt": receipts.get,
+        "receipt": lambda receipt_id, whose: receipts.get(receipt_id),
         "on_refused": refusals.append,
     }
     return Gateway(GatewayDeps(**(settings | changes)), dispatcher, refusals, receipts)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from helpers.oracle import Subject, expected_tokens, make_prompt, make_subject
 from helpers.serving import Serving, serving
@@ -20,7 +24,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 @pytest.fixture(scope="module")
 def server(subject: Subject) -> Iterator[Serving]:
-    with serving("--model", str(subject.path), "--decode", "2", *OPTIONS) as running:
+    with serving("--model", str(subject.path), "--decode", "2", "--admin-port", "0", *OPTIONS) as running:
         running.wait_for_workers(3)
         yield running
 
@@ -60,6 +64,19 @@ def change(server: Serving, worker_id: str, role: str) -> dict[str, str]:
     return dict(response.json())
 
 
+def admin_url(server: Serving) -> str:
+    """As the banner says."""
+    said = (re.search(r"admin\s+(http://127\.0\.0\.1:\d+) ", line) for line in server.lines)
+    return next(found[1] for found in said if found is not None)
+
+
+def baton(*arguments: str) -> tuple[int, str]:
+    """The command's status, and what it says."""
+    command = [sys.executable, "-m", "baton.services.local", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
 def roles(server: Serving) -> dict[str, str]:
     return {worker["id"]: worker["role"] for worker in server.workers()}
 
@@ -94,4 +111,16 @@ def test_the_last_decode_worker_stays_one(server: Serving) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "role")
     assert server.post("/v1/workers/nobody/role?role=prefill", None).status_code == 404
     assert server.post("/v1/workers/decode-1/role?role=planner", None).status_code == 400
-    assert change(server, "decode-1", "decode")["state"] == "changed"
+    assert baton("role", "decode-1", "decode", "--url", admin_url(server)) == (0, "decode-1 is now a decode worker")
+    assert roles(server) == {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
+
+
+def test_the_commands_of_operators_have_a_listener_of_their_own(server: Serving) -> None:
+    url = admin_url(server)
+    assert httpx.get(f"{url}/v1/workers", timeout=TIMEOUT_S).json()["data"]
+    assert httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a"}).status_code == 404
+    status, said = baton("blocks", "--url", url)
+    assert (status, said.splitlines()[-1]) == (0, "0 block(s) held")
+    status, said = baton("role", "nobody", "decode", "--url", url)
+    assert status == 1
+    assert "There is no worker" in said

@@ -28,6 +28,10 @@ def ask(server: Serving, key: str | None) -> httpx.Response:
     return server.post("/v1/completions", body, headers={"authorization": f"Bearer {key}"} if key else {})
 
 
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
 def cached_tokens(response: httpx.Response) -> int:
     return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
@@ -45,9 +49,15 @@ def test_tenants_come_and_go_while_it_serves(tmp_path: Path) -> None:
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert cached_tokens(ask(server, "other")) == 0  # the same prompt, of another tenant
-        write(tenants, one={"requests_per_minute": 1000}, third={})
+        receipt = server.get(f"/v1/requests/{ask(server, 'other').json()['id']}", headers=bearer("other"))
+        assert receipt.status_code == 200
+        assert server.get(f"/v1/requests/{receipt.json()['id']}", headers=bearer("one")).status_code == 404
+        assert server.post("/v1/workers/colocated-0/drain", None, headers=bearer("other")).status_code == 403
+        write(tenants, one={"requests_per_minute": 1000}, third={"admin": True})
         eventually_sync(lambda: ask(server, "third").status_code == 200, timeout_s=PATIENCE_S)
         assert cached_tokens(ask(server, "one")) == 48
+        assert server.get("/v1/workers/colocated-0/blocks", headers=bearer("third")).status_code == 200
+        assert server.get(f"/v1/requests/{receipt.json()['id']}", headers=bearer("third")).status_code == 200
         assert ask(server, "other").status_code == 401
         tenants.write_text("tenants: []")
         eventually_sync(

@@ -5,6 +5,11 @@
   value: "8000"
 - name: BATON_GRPC_PORT
   value: "8001"
+# On the pod's loopback: for commands that run in it, or come through a forwarded port. In no Service.
+- name: BATON_ADMIN_PORT
+  value: "8002"
+- name: BATON_ADMIN_URL
+  value: http://127.0.0.1:8002
 - name: BATON_PLACEMENT
   value: {{ .values.placement }}
 - name: BATON_MAX_CONCURRENT_REQUESTS

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.request import SamplingParams
 from baton.services.core.router import Role, RoutedRequest, WorkerView, route
+from baton.services.core.tenants import Tenant
 from baton.services.gateway.generation import GenerationRequest, SloTarget
 from baton.services.gateway.receipts import Attempt, GenerationRecord, ReceiptBook
 
@@ -47,6 +50,21 @@ def test_a_receipt_tells_decision_phases_and_figures(book: ReceiptBook) -> None:
     assert sum(receipt["phases_ms"].values()) == pytest.approx(200)  # type: ignore[attr-defined]
     assert receipt["slo"] == {"class": "standard", "ttft_ms": 5000.0, "tpot_ms": 250.0, "met": True}
     assert receipt["transfer"] is None
+
+
+def test_a_receipt_is_its_tenants_and_operators_see_all(book: ReceiptBook) -> None:
+    """Two tenants may choose the same x-request-id."""
+    for tenant in ("one", "other"):
+        theirs = replace(request(f"{tenant}.0", "same"), tenant=Tenant(tenant, tenant), model=f"model of {tenant}")
+        book.end(book.open(theirs), "stop")
+
+    def model(tenant_id: str | None) -> object:
+        receipt = book.get("same", tenant_id)
+        return None if receipt is None else receipt["model"]
+
+    assert [model(tenant_id) for tenant_id in ("one", "other", "third", None)] == [
+        *("model of one", "model of other", None, "model of other"),
+    ]
 
 
 def test_choices_of_one_response_are_one_receipt(book: ReceiptBook) -> None:

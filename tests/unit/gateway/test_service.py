@@ -94,6 +94,31 @@ async def test_a_port_in_use_is_told_before_anything_is_loaded(tmp_path: Path, o
         await service.stop()
 
 
+@pytest.mark.parametrize("host", [HOST, "0.0.0.0"])
+async def test_operators_have_a_listener_and_the_public_one_is_theirs_too_on_loopback_alone(
+    folder: Path, tmp_path: Path, host: str
+) -> None:
+    keys = tmp_path / "admin-keys"
+    keys.write_text("operator\n")
+    admin_url = f"http://{HOST}:{(admin_port := free_port(HOST))}"
+    options = {"host": host, "allow_insecure_bind": True, "admin_port": admin_port, "admin_key_file": keys}
+    async with serving(folder, **options) as running, httpx.AsyncClient() as client:
+        assert (await running.client.get("/v1/decisions")).status_code == (200 if host == HOST else 404)
+        assert (await client.get(f"{admin_url}/v1/decisions")).status_code == 401
+        key = {"authorization": "Bearer operator"}
+        assert (await client.get(f"{admin_url}/v1/decisions", headers=key)).status_code == 200
+        assert (await client.post(f"{admin_url}/v1/completions", json={}, headers=key)).status_code == 404
+        keys.write_text("another\n")
+        async with asyncio.timeout(30.0):
+            while (await client.get(f"{admin_url}/", headers={"x-api-key": "another"})).status_code != 200:
+                await asyncio.sleep(0.05)
+        assert (await client.get(f"{admin_url}/v1/decisions", headers=key)).status_code == 401
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind((HOST, admin_port))
+        again.listen()
+
+
 async def test_a_failed_start_leaves_the_port_free(tmp_path: Path) -> None:
     settings = make_settings(tmp_path / "no such model")
     service = GatewayService(settings)

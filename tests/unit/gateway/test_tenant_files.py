@@ -34,6 +34,7 @@ def test_keys_of_one_tenant_share_its_limits_and_its_cache(path: Path) -> None:
             "name": "one",
             "keys": [hashed("a"), hashed("b")],
             "weight": 2.5,
+            "admin": True,
             "requests_per_minute": 60,
             "tokens_per_day": 9,
         },
@@ -42,10 +43,10 @@ def test_keys_of_one_tenant_share_its_limits_and_its_cache(path: Path) -> None:
     authenticator = Authenticator(ring=read_tenants(path))
     one = authenticator.tenant("Bearer a")
     assert authenticator.tenant("Bearer b") == one
-    assert (one.name, one.weight) == ("one", 2.5)
+    assert (one.name, one.weight, one.is_admin) == ("one", 2.5, True)
     assert one.limits == TenantLimits(requests_per_minute=60, tokens_per_day=9)
     two = authenticator.tenant("Bearer c")
-    assert (two.name, two.weight, two.limits) == ("two", 1.0, TenantLimits())
+    assert (two.name, two.weight, two.limits, two.is_admin) == ("two", 1.0, TenantLimits(), False)
     assert one.tenant_id != two.tenant_id
     assert set(one.tenant_id + two.tenant_id) <= set("0123456789abcdef")
 

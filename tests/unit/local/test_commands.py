@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from baton.services.local.blocks import drain_worker, show_blocks
+from baton.services.local.blocks import change_role, drain_worker, show_blocks
 from baton.services.local.bundled import BUNDLED_MODEL, BUNDLED_MODEL_NAME, with_model
 from baton.services.local.demo import DemoFailed, check, make_question, receipt_table
 from baton.services.local.gateway_client import GatewayClient, GatewayUnreachable
@@ -251,6 +251,18 @@ def test_drain_says_what_was_handed_back(gateway: Gateway, capsys: pytest.Captur
     assert drain_worker(url, "sesame", "decode-0", 5.0) == 0
     assert capsys.readouterr().out == "decode-0 is drained; 2 request(s) were handed back to go on elsewhere\n"
     assert requests == ["POST /v1/workers/decode-0/drain?timeout_s=5.0 Bearer sesame "]
+
+
+@pytest.mark.parametrize(("state", "word"), [("changed", "now"), ("unchanged", "already")])
+def test_role_says_what_the_worker_is(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], state: str, word: str
+) -> None:
+    url, answers, requests = gateway
+    path = "/v1/workers/decode-1/role?role=prefill&timeout_s=5.0"
+    answers[path] = (200, json.dumps({"id": "decode-1", "role": "prefill", "state": state}).encode())
+    assert change_role(url, "sesame", "decode-1", "prefill", 5.0) == 0
+    assert capsys.readouterr().out == f"decode-1 is {word} a prefill worker\n"
+    assert requests == [f"POST {path} Bearer sesame "]
 
 
 def test_demo_question_can_be_answered_from_its_own_text() -> None:
