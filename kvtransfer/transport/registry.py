@@ -76,14 +76,14 @@ def _is_usual(name: str, memory: BlockMemory) -> bool:
 
 
 def make_transports(wanted: str | Sequence[str], memory: BlockMemory, executor: Executor) -> dict[str, Transport]:
-    """The transports of one worker by name, best first. ``"auto"``: all that work here.
+    """The transports of one worker by name, best first. ``"auto"``: all that work here; ``("auto", "-nixl")``: but this one.
 
     Raises TransferError for a name that is unknown, or that was asked for by name and does not work here.
     """
     names = [wanted] if isinstance(wanted, str) else list(wanted)
-    is_auto = names == ["auto"]
+    is_auto = names[:1] == ["auto"] and all(name.startswith("-") for name in names[1:])
     if is_auto:
-        names = [name for name in TRANSPORT_NAMES if _is_usual(name, memory)]
+        names = [name for name in TRANSPORT_NAMES if _is_usual(name, memory) and f"-{name}" not in names]
     transports: dict[str, Transport] = {}
     for name in names:
         if name not in _FACTORIES:

@@ -20,6 +20,7 @@ import structlog
 
 from baton.kvtransfer.errors import RemoteProtocolError
 from baton.kvtransfer.transport.frames import HEADER_BYTES, MAX_BODY_BYTES, FrameKind, Header, pack_text, parse_header
+from baton.kvtransfer.transport.tls import TLSSocket
 from baton.kvtransfer.versions import WIRE_VERSIONS
 
 _log = structlog.get_logger(__name__)
@@ -117,6 +118,7 @@ class FrameStream:
         self.version = version
         self._loop = asyncio.get_running_loop()
         self._sock = sock
+        self._tls = sock if isinstance(sock, TLSSocket) else None
         self._handler = handler
         self._scratch = memoryview(bytearray(HEADER_BYTES + MAX_BODY_BYTES))
         self._have = 0
@@ -160,9 +162,13 @@ class FrameStream:
 
     async def drain(self) -> None:
         """Waits until nothing is queued any more, or the stream is closed."""
-        while self._outgoing and not self.is_closed:
+        while self._has_unsent and not self.is_closed:
             self._drained.clear()
             await self._drained.wait()
+
+    @property
+    def _has_unsent(self) -> bool:
+        return bool(self._outgoing) or (self._tls is not None and self._tls.has_unsent)
 
     def hold(self) -> None:
         """Until ``release``, ``send_now`` may be called on another thread, and ``send`` may not be called at all.
@@ -177,8 +183,11 @@ class FrameStream:
         self._is_held = False
         if self.is_closed:
             self._sock.close()
-        elif not self._is_paused:
-            self._loop.add_reader(self._sock.fileno(), self._on_readable)
+            return
+        if not self._is_paused:
+            self._watch_readable()
+        if self._tls is not None and self._tls.has_unsent:
+            self._watch_writable(True)
 
     def send_now(self, frame: Outgoing) -> None:
         """Sends as much of a frame as the socket takes, unless an earlier one is not out yet; ``send`` takes the rest.
@@ -207,7 +216,7 @@ class FrameStream:
         except OSError as error:
             self._lose(f"sending failed: {error.strerror or error}")
             return
-        self._watch_writable(bool(self._outgoing) and not self.is_closed)
+        self._watch_writable(self._has_unsent and not self.is_closed)
 
     def _write_some(self) -> None:
         views: list[memoryview] = []
@@ -217,6 +226,8 @@ class FrameStream:
             num_bytes += len(view)
             if num_bytes >= _TURN_BYTES or len(views) == _MAX_BUFFERS:
                 break
+        if not views and self._tls is not None:
+            self._tls.flush()
         num_sent = self._sock.sendmsg(views) if views else 0
         self._moved_s = self._loop.time()
         sent: list[Outgoing] = []
@@ -225,7 +236,7 @@ class FrameStream:
             if self._outgoing[0].views:
                 break
             sent.append(self._outgoing.popleft())
-        if not self._outgoing:
+        if not self._has_unsent:
             self._drained.set()
         for frame in sent:
             if frame.when_sent is not None:
@@ -246,9 +257,20 @@ class FrameStream:
             self._is_paused = False
             self._moved_s = self._loop.time()
             if not self._is_held:
-                self._loop.add_reader(self._sock.fileno(), self._on_readable)
+                self._watch_readable()
+
+    def _watch_readable(self) -> None:
+        self._loop.add_reader(self._sock.fileno(), self._on_readable)
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """What was decrypted, or waits to be, wakes nobody."""
+        if self._tls is not None and self._tls.has_unread:
+            self._loop.call_soon(self._on_readable)
 
     def _on_readable(self) -> None:
+        if self._is_held or self.is_closed:  # it was called for while neither was so
+            return
         num_left = _TURN_BYTES
         try:
             while num_left > 0 and not self.is_closed and not self._is_paused:
@@ -256,8 +278,11 @@ class FrameStream:
                 if num_read is None:
                     return
                 num_left -= num_read
+            if not self.is_closed and not self._is_paused:
+                self._read_on()
         except (BlockingIOError, InterruptedError):
-            pass
+            if self._tls is not None and self._tls.has_unsent:  # of the handshake
+                self._watch_writable(True)
         except OSError as error:
             self._lose(f"receiving failed: {error.strerror or error}")
         except RemoteProtocolError as error:
@@ -354,7 +379,7 @@ class FrameStream:
             self._handler.on_lost(reason)
 
     def _check_stall(self) -> None:
-        is_waiting = bool(self._outgoing) or self._have > 0 or (self._payload is not None and not self._is_paused)
+        is_waiting = self._has_unsent or self._have > 0 or (self._payload is not None and not self._is_paused)
         if is_waiting and self._loop.time() - self._moved_s >= self._stall_s:
             self._lose(f"no byte moved for {self._stall_s:g} s in the middle of a frame")
             return

@@ -231,14 +231,17 @@ class Registry:
     async def watch_static(self, address: str, every_s: float = 1.0) -> None:
         """Asks the worker at ``address`` about itself, for set-ups without a bus. Runs until cancelled."""
         self._unanswered.add(address)
-        async with self._open_channel(address) as channel:
-            while True:
+        while True:
+            # After a failure another channel: it has the certificates of then.
+            async with self._open_channel(address) as channel:
                 try:
-                    self.heard(await _ask_status(channel))
-                    self._unanswered.discard(address)
+                    while True:
+                        self.heard(await _ask_status(channel))
+                        self._unanswered.discard(address)
+                        await asyncio.sleep(every_s)
                 except (grpc.aio.AioRpcError, BatonError) as error:
                     log.debug("static worker does not answer", address=address, cause=str(error))
-                await asyncio.sleep(every_s)
+            await asyncio.sleep(every_s)
 
     async def ask_silent(self, every_s: float = 1.0) -> None:
         """Asks linked workers that the bus brings no news of: else their load would be known as it was when the bus was

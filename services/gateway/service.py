@@ -9,6 +9,7 @@ import time
 import uuid
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,6 +55,7 @@ from baton.services.runtime.metrics import Metrics
 from baton.services.runtime.net import bind_listener
 from baton.services.runtime.settings import GatewaySettings, is_loopback
 from baton.services.runtime.subjects import Subjects
+from baton.services.runtime.tls import internal_files, public_files
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +93,9 @@ class GatewayService:
             admin_listener = bind_listener(ADMIN_HOST, settings.admin_port)
             stack.callback(admin_listener.close)
         grpc_server = runtime_grpc.create_server()
-        grpc_port = runtime_grpc.bind_server(grpc_server, settings.host, settings.grpc_port)
+        self._public_tls, internal_tls = public_files(settings), internal_files(settings)
+        grpc_port = runtime_grpc.bind_server(grpc_server, settings.host, settings.grpc_port, self._public_tls)
+        open_channel = self._open_channel = partial(runtime_grpc.create_channel, tls=internal_tls)
         model, tokenizer = await asyncio.to_thread(self._load_model)
         stack.callback(tokenizer.close)
         costs = CostBook(read_profiles(settings.profile) if settings.profile else None)
@@ -103,6 +107,7 @@ class GatewayService:
             on_heard=self._on_heard,
             on_forget=self._prefix_index.forget,
             peer_timeout_s=settings.peer_timeout_s,
+            open_channel=open_channel,
         )
         self._metrics = Metrics(self._registry.statuses, version=version("baton-llm"), num_waiting=self._num_waiting)
         self._receipts = ReceiptBook(self._on_end)
@@ -138,8 +143,8 @@ class GatewayService:
             on_refused=self._on_refused,
             tool_parser=settings.tool_call_parser,
             reasoning_parser=settings.reasoning_parser,
-            operations=WorkerCalls(self._registry),
-            sessions=SessionCalls(self._registry),
+            operations=WorkerCalls(self._registry, open_channel),
+            sessions=SessionCalls(self._registry, open_channel),
             others_tokens=lambda: self._others_tokens,
         )
         stack.callback(self._deps.grammars.close)
@@ -203,7 +208,13 @@ class GatewayService:
         await self._bus.start()
         asking = asyncio.create_task(self._registry.ask_silent(), name="ask-silent")
         stack.callback(asking.cancel)
-        prober = LinkProber(self._registry, self._links, clock=time.monotonic, on_probed=self._on_probed)
+        prober = LinkProber(
+            self._registry,
+            self._links,
+            clock=time.monotonic,
+            on_probed=self._on_probed,
+            open_channel=self._open_channel,
+        )
         stack.callback(asyncio.create_task(prober.run(), name="probe-links").cancel)
         for address in settings.worker:
             watch = asyncio.create_task(self._registry.watch_static(address), name=f"static-{address}")

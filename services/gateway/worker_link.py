@@ -58,6 +58,7 @@ class WorkerLink:
     peer_timeout_s: float = 2.5
     is_connected: bool = False
     _silence: Silence | None = None
+    _told: str = ""  # why there was no link
     _open: dict[Key, _Open] = field(default_factory=dict)
     num_inflight_tokens: int = 0
     """Prompt tokens of this gateway's requests that are to be computed there, those that the last report knows of included."""
@@ -106,6 +107,9 @@ class WorkerLink:
                 self._fail_all(reason)
         if was_connected:
             log.info("link to worker ended", worker_id=self.worker_id, reason=reason)
+        elif reason != self._told:  # the same again and again, as with a certificate that the worker refuses
+            self._told = reason
+            log.warning("no link to worker", worker_id=self.worker_id, address=self.address, reason=reason)
         return was_connected
 
     async def _greet(self, call: Any) -> float:

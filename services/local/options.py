@@ -49,7 +49,8 @@ def add_settings_command(
         return run(settings)
 
     parameters = [inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-    for field_name, field in cls.model_fields.items():
+    # Certificates are declared first, since other options are checked against them, and shown last.
+    for field_name, field in sorted(cls.model_fields.items(), key=lambda item: _panel(cls, item[0]).startswith("TLS")):
         if field_name not in fixed:
             parameters.append(_parameter(cls, field_name, field))
     parameters.append(

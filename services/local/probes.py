@@ -16,6 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.services.local.child import Child
+from baton.services.runtime.tls import CHANNEL_OPTIONS, TLSFiles, channel_credentials
 
 _EVERY_S = 1.0
 _ANSWER_TIMEOUT_S = 2.0
@@ -35,6 +36,7 @@ class WorkerProbes:
         unresponsive_after_s: float,
         say: Callable[[str], None],
         every_s: float = _EVERY_S,
+        tls: TLSFiles | None = None,
     ) -> None:
         """``describe`` blocks and returns what the gateway knows of the workers; nothing when it does not answer.
         ``unresponsive_after_s``: 0 spares those that only do not answer."""
@@ -43,6 +45,7 @@ class WorkerProbes:
         self._unresponsive_after_s = unresponsive_after_s
         self._say = say
         self._every_s = every_s
+        self._tls = tls
         self._addresses: dict[int, str] = {}  # by pid
         self._silent: dict[int, tuple[float, int]] = {}  # by pid: since when, and how many probes
         self._dead: set[int] = set()  # pids that have said once that they cannot go on
@@ -69,7 +72,7 @@ class WorkerProbes:
     async def _probe(self, child: Child, pid: int, address: str) -> None:
         try:
             # Not with the options of other channels, which soon stop waiting for a process that is stopped.
-            async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+            async with self._open_channel(address) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
                 answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
@@ -84,6 +87,11 @@ class WorkerProbes:
             self._replace(child, "says that it cannot go on")
         else:
             self._dead.add(pid)  # it dumps its stacks and ends by itself; only one that does not is killed
+
+    def _open_channel(self, address: str) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(address, options=_OPTIONS)
+        return grpc.aio.secure_channel(address, channel_credentials(self._tls), options=[*_OPTIONS, *CHANNEL_OPTIONS])
 
     def _on_silence(self, child: Child, pid: int) -> None:
         now_s = time.monotonic()

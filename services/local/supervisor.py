@@ -16,6 +16,7 @@ from baton.services.local.probes import WorkerProbes
 from baton.services.runtime.process import StopSignals
 from baton.services.runtime.settings import ServeSettings
 from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, SettingsError
+from baton.services.runtime.tls import internal_files
 
 _POLL_S = 0.1
 _FIRST_BACKOFF_S = 0.5
@@ -61,6 +62,7 @@ class Supervisor:
             self._ask,
             unresponsive_after_s=cluster.settings.replace_unresponsive_after_s,
             say=self.say,
+            tls=internal_files(cluster.settings),
         )
         self._tasks.append(asyncio.create_task(probes.run(), name="probe-workers"))
         ready = asyncio.create_task(self._until_ready())

@@ -18,6 +18,8 @@ from grpc_status import rpc_status
 from baton.api.common.v1 import common_pb2
 from baton.services.core.errors import BatonError, ConfigurationError, ErrorCode
 from baton.services.runtime.net import format_address
+from baton.services.runtime.role_check import RoleInterceptor
+from baton.services.runtime.tls import CHANNEL_OPTIONS, TLSFiles, channel_credentials, server_credentials
 
 _log = structlog.get_logger(__name__)
 
@@ -62,6 +64,8 @@ _SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     # On Linux two processes could otherwise listen on one port, each getting some of the calls.
     ("grpc.so_reuseport", 0),
+    # Who has connected and does not get on with the handshake: gRPC's own limit is two minutes.
+    ("grpc.server_handshake_timeout_ms", 10_000),
 ]
 
 _STATUS_OF_CODE = {
@@ -100,21 +104,31 @@ _CODE_OF_STATUS = {
 }
 
 
-def create_channel(address: str) -> grpc.aio.Channel:
-    """A channel to a worker. It connects on first use and reconnects by itself."""
-    return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+def create_channel(address: str, tls: TLSFiles | None = None) -> grpc.aio.Channel:
+    """A channel to a worker. It connects on first use and reconnects by itself, with the certificates of its making."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=[*_CLIENT_OPTIONS, *CHANNEL_OPTIONS])
 
 
-def create_server() -> grpc.aio.Server:
+def create_server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()) -> grpc.aio.Server:
     """A server whose handlers may raise BatonError: callers get its code, words and field."""
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    return grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=_SERVER_OPTIONS)
 
 
-def bind_server(server: grpc.aio.Server, host: str, port: int) -> int:
+def create_internal_server(tls: TLSFiles) -> grpc.aio.Server:
+    """The same for our own processes alone: each call needs a certificate with a role for it."""
+    return create_server([RoleInterceptor(lambda: tls.current.certificate.peer.trust_domain)])
+
+
+def bind_server(server: grpc.aio.Server, host: str, port: int, tls: TLSFiles | None = None) -> int:
     """Listens on ``host:port`` (0: any free one) and returns the port. Raises ConfigurationError where that is impossible."""
     address = format_address(host, port)
     try:
-        bound = server.add_insecure_port(address)
+        if tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, server_credentials(tls))
     except RuntimeError:
         bound = 0
     if bound == 0:

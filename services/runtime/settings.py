@@ -9,23 +9,15 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
 from baton.services.core.failpoints import parse_failpoints
 from baton.services.runtime.admin_options import AdminOptions
-from baton.services.runtime.option_set import (
-    OptionSet,
-    PathList,
-    Port,
-    PublicPort,
-    SecretList,
-    Size,
-    StringList,
-    readable,
-)
+from baton.services.runtime.option_set import PathList, Port, PublicPort, SecretList, Size, StringList, readable
+from baton.services.runtime.tls_options import KVTLSOptions, PublicTLSOptions, TLSOptions
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 _MIB = 1024 * 1024
@@ -44,10 +36,12 @@ def is_wildcard(host: str) -> bool:
     return host in ("0.0.0.0", "::")  # noqa: S104  compared, not bound
 
 
-class Settings(OptionSet):
+class Settings(TLSOptions):
     """What every process has."""
 
     panel = "Process"
+    # The last of the files with which a listener on --host speaks TLS.
+    listener_tls: ClassVar[str] = "tls_ca_file"
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message to log.")
     log_format: Literal["auto", "console", "json"] = Field(
@@ -80,9 +74,12 @@ class Settings(OptionSet):
     @field_validator("host")
     @classmethod
     def _refuse_open_host(cls, host: str, info: ValidationInfo) -> str:
-        if info.data.get("allow_insecure_bind") is False and not is_loopback(host):
+        is_plain = cls.listener_tls in info.data and info.data[cls.listener_tls] is None
+        if info.data.get("allow_insecure_bind") is False and is_plain and not is_loopback(host):
+            flags = "--ssl-certfile and --ssl-keyfile" if cls.listener_tls == "ssl_certfile" else "--tls-cert-file"
             raise ValueError(
-                f"{host} can be reached from other machines, without TLS; add --allow-insecure-bind to do it anyway"
+                f"{host} can be reached from other machines, without TLS; give certificates ({flags}), or add "
+                "--allow-insecure-bind to do without"
             )
         return host
 
@@ -138,7 +135,7 @@ class BusSettings(Settings):
         return path
 
 
-class ModelSettings(Settings):
+class ModelSettings(Settings, KVTLSOptions):
     """What is served and with how much memory."""
 
     panel = "Model and memory"
@@ -201,10 +198,11 @@ class ModelSettings(Settings):
         return size
 
 
-class GatewayOptions(Settings, AdminOptions):
+class GatewayOptions(Settings, PublicTLSOptions, AdminOptions):
     """The public side, as ``baton gateway`` and ``baton serve`` share it."""
 
     panel = "Gateway"
+    listener_tls = "ssl_certfile"
 
     port: Port = Field(8000, description="REST port. 0: any free one.")
     grpc_port: Port = Field(8001, description="gRPC port. 0: any free one.")
@@ -276,6 +274,7 @@ class GatewaySettings(GatewayOptions, BusSettings):
     """``baton gateway``."""
 
     panel = "Model and workers"
+    tls_roles = frozenset({"gateway"})
 
     model: str | None = Field(
         None, description="Model folder or Hugging Face id, for its tokenizer. Default: the demo model."
@@ -301,6 +300,7 @@ class WorkerSettings(ModelSettings, BusSettings):
 
     panel = "Worker"
     hidden = frozenset({"role"})
+    tls_roles = frozenset({"worker"})
 
     role: Literal["prefill", "decode", "colocated"] = Field(..., description="What the worker does.")
     worker_id: str | None = Field(
@@ -352,6 +352,7 @@ class ServeSettings(ModelSettings, GatewayOptions):
     """``baton serve``."""
 
     panel = "Workers"
+    tls_roles = frozenset({"gateway", "worker"})
 
     mode: Literal["disaggregated", "colocated"] = Field(
         "disaggregated", description="colocated: workers do both parts."

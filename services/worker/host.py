@@ -43,11 +43,12 @@ from baton.services.runtime.health import SERVICE_NAME, Health
 from baton.services.runtime.net import format_address
 from baton.services.runtime.settings import WorkerSettings
 from baton.services.runtime.subjects import Subjects
+from baton.services.runtime.tls import internal_files
 from baton.services.worker.announcer import Announcer
 from baton.services.worker.environment import Environment
 from baton.services.worker.failpoints import FailpointEngine, FailpointPool
 from baton.services.worker.ledger import LedgerServicer
-from baton.services.worker.limits import make_limits, make_transfer_options
+from baton.services.worker.limits import allowed_transports, make_limits, make_transfer_options
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.pool_report import LedgerAudit, PoolReport, PoolWatch, add_report
 from baton.services.worker.quarantine import QuarantineWatch
@@ -74,7 +75,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
     ) -> None:
         """``load`` and ``bus`` replace the model folder and NATS of the settings, for several workers in one process."""
         self.settings = settings
-        self._environment = environment or Environment()
+        self._environment = (environment or Environment()).secured(internal_files(settings))
         self.worker: WorkerT | None = None
         self._load = load or self._load_model
         self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
@@ -105,7 +106,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         settings, stack = self.settings, self._stack
         # Before the weights: a port that is taken should be told of at once.
         server = self._environment.create_server()
-        self.port = runtime_grpc.bind_server(server, settings.host, settings.port)
+        self.port = runtime_grpc.bind_server(server, settings.host, settings.port, self._environment.tls)
         loaded = self.loaded = await asyncio.to_thread(self._load)
         shape = KVCacheShape.of(loaded.config, settings.block_size, loaded.dtype)
         num_blocks = shape.num_blocks_in(settings.kv_cache_memory)
@@ -260,7 +261,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
                 self._memory,
                 self.receiver(worker),
                 holder=worker.fetcher,
-                transports=settings.transport,
+                transports=allowed_transports(settings),
                 options=make_transfer_options(settings, self._budget),
                 data_host=settings.host,
                 data_port=settings.kv_port,

@@ -40,6 +40,13 @@ def make_limits(settings: WorkerSettings, loaded: LoadedModel, num_blocks: int) 
     )
 
 
+def allowed_transports(settings: WorkerSettings) -> str | tuple[str, ...]:
+    """``--transport``; under TLS ``auto`` leaves out what does not encrypt. shm and cuda_ipc do not leave the machine."""
+    if settings.transport != "auto" or settings.tls_cert_file is None or settings.allow_unencrypted_kv:
+        return settings.transport
+    return ("auto", "-nixl")
+
+
 def make_transfer_options(settings: WorkerSettings, budget: QuarantineBudget) -> TransferOptions:
     """For the transfer agent."""
     shape = None

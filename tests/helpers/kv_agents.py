@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +28,10 @@ from baton.kvtransfer.protocol import HandoffLimits
 from baton.kvtransfer.sending import HandoffSpec, SenderHandoff
 from baton.kvtransfer.staging import StagedBlockMemory
 from baton.kvtransfer.transport import cuda_runtime
-from baton.services.runtime.grpc import create_server
+from baton.kvtransfer.transport.tls import TLSSockets
+from baton.services.runtime.grpc import bind_server, create_channel, create_internal_server, create_server
+from baton.services.runtime.tls import TLSFiles
+from baton.services.worker.environment import data_plane_identity
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
 COMPATIBILITY = Compatibility("model", LAYOUT)
@@ -159,6 +163,7 @@ async def running(
     *,
     incarnation: str = "1" * 32,
     address: str = "127.0.0.1:0",
+    tls: TLSFiles | None = None,
     num_blocks: int = NUM_BLOCKS,
     **agent_options: Any,
 ) -> AsyncIterator[Node]:
@@ -172,12 +177,16 @@ async def running(
     )
     host = Host(memory.num_blocks)
     agent_options.setdefault("options", options())
+    if tls is not None:
+        agent_options.setdefault("open_channel", partial(create_channel, tls=tls))
+        agent_options.setdefault("sockets", TLSSockets(data_plane_identity(tls)))
     open_runtime = HostCuda if is_on_device and cache_device() == "cpu" else cuda_runtime.open_runtime
     with patch.object(cuda_runtime, "open_runtime", open_runtime):
         agent = TransferAgent(WorkerIdentity(worker_id, incarnation), compatibility, memory, host, **agent_options)
-    server = create_server()
+    server = create_server() if tls is None else create_internal_server(tls)
     agent.add_to_server(server)
-    port = server.add_insecure_port(address)
+    host_name, _, wanted_port = address.rpartition(":")
+    port = bind_server(server, host_name, int(wanted_port), tls)
     await agent.start()
     await server.start()
     try:
