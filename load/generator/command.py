@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import sys
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from baton.load.generator.traces import TraceError, parse_trace, scale_rows
 from baton.load.generator.workload import Conversation, Lengths, from_trace, made_up, num_requests, until
 from baton.load.report import machine
 from baton.services.local.options import add_settings_command
+from baton.services.runtime.client_tls import CA_VARIABLE
 from baton.services.runtime.main import loop_factory
 from baton.services.runtime.process import StopSignals
 from baton.services.runtime.settings_loader import SettingsError
@@ -103,6 +105,8 @@ def make_workload(settings: WorkloadOptions) -> list[Conversation]:
 async def _measure(settings: BenchSettings, conversations: list[Conversation]) -> Report | None:
     """None: interrupted before anything was measured."""
     target = Target.parse(settings.url)
+    if settings.ca_file is not None:
+        os.environ[CA_VARIABLE] = str(settings.ca_file)
     client = HttpClient(target, settings.headers())
     try:
         with StopSignals() as signals:

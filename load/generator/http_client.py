@@ -6,13 +6,14 @@ Small, since processor time that a client takes is missing in what it measures.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
+
+from baton.services.runtime.client_tls import client_context
 
 # Servers close connections that nobody uses, often after 5 s. An older one is not used again: a request that meets its end
 # would fail, and to send it twice could hide a server's failure.
@@ -60,7 +61,7 @@ class HttpClient:
         host = f"[{target.host}]" if ":" in target.host else target.host
         fixed = {"host": f"{host}:{target.port}", "accept": "*/*", **headers}
         self._head = "".join(f"{name}: {value}\r\n" for name, value in fixed.items())
-        self._tls = ssl.create_default_context() if target.is_tls else None
+        self._tls = client_context() if target.is_tls else None
         self._idle: list[tuple[_Connection, float]] = []  # with the moment since when
 
     async def request(

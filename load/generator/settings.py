@@ -14,7 +14,7 @@ from baton.load.generator.arrivals import Arrival
 from baton.load.generator.http_client import Target
 from baton.load.generator.metrics import Slo
 from baton.load.generator.workload import Lengths
-from baton.services.runtime.option_set import OptionSet, StringList
+from baton.services.runtime.option_set import OptionSet, StringList, readable
 
 DEFAULT_NUM_PROMPTS = 100
 _GOODPUT = re.compile(r"(ttft|tpot|e2el):(\d+(?:\.\d+)?)")
@@ -37,6 +37,9 @@ class ServerOptions(OptionSet):
 
     url: str = Field("http://127.0.0.1:8000", description="The server: anything that speaks OpenAI's API.")
     api_key: SecretStr | None = Field(None, description="API key.")
+    ca_file: Path | None = Field(
+        None, description="CA that signed the certificate of an https:// URL. Default: SSL_CERT_FILE, or the system's."
+    )
     served_model_name: str | None = Field(None, description="Model to ask for. Default: the first one of /v1/models.")
     endpoint: Literal["chat", "completions"] = Field("chat", description="Which API.")
     prompt: Literal["text", "token-ids"] = Field(
@@ -51,6 +54,11 @@ class ServerOptions(OptionSet):
     timeout_s: float = Field(
         600.0, gt=0, description="A request that has not ended so long after it was due is a miss."
     )
+
+    @field_validator("ca_file")
+    @classmethod
+    def _check_ca(cls, path: Path | None) -> Path | None:
+        return readable(path)
 
     @field_validator("url")
     @classmethod

@@ -48,9 +48,10 @@ from baton.services.gateway.worker_calls import WorkerCalls
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.admin_options import ADMIN_HOST
 from baton.services.runtime.block_key import read_block_key
-from baton.services.runtime.bus import Bus, NatsBus, NoBus
+from baton.services.runtime.bus import Bus
 from baton.services.runtime.failpoints import enable_failpoints
 from baton.services.runtime.health import SERVICE_NAME, Health
+from baton.services.runtime.make_bus import make_bus
 from baton.services.runtime.metrics import Metrics
 from baton.services.runtime.net import bind_listener
 from baton.services.runtime.settings import GatewaySettings, is_loopback
@@ -198,10 +199,7 @@ class GatewayService:
 
     async def _start_bus(self) -> None:
         settings, stack = self._settings, self._stack
-        token = settings.nats_token_file.read_text().strip() if settings.nats_token_file else None
-        self._bus: Bus = (
-            NatsBus(settings.nats_url, name=self._identity.worker_id, token=token) if settings.nats_url else NoBus()
-        )
+        self._bus: Bus = make_bus(settings, self._identity.worker_id)
         stack.push_async_callback(self._bus.close)
         stack.push_async_callback(self._registry.close)
         Discovery(self._bus, Subjects(settings.cluster), self._identity, self._registry, self._prefix_index)
@@ -239,7 +237,7 @@ class GatewayService:
             self._http.append(HttpServer(admin_app, admin_listener, "admin", max_header_bytes))
         # Where other machines reach the port, what changes the installation is on the admin listener alone.
         app = create_app(deps, with_operators=is_loopback(self._settings.host))
-        self._http.append(HttpServer(app, listener, "http", max_header_bytes))
+        self._http.append(HttpServer(app, listener, "http", max_header_bytes, self._public_tls))
         for server in self._http:
             stack.push_async_callback(server.stop)
         stack.callback(deps.cut.set)  # before the server closes connections: streams end with a word

@@ -48,6 +48,8 @@ def _serve(settings: ServeSettings) -> int:
 def _gateway(settings: GatewaySettings) -> int:
     _check_ports(settings)
     settings = with_model(settings)
+    if settings.ssl_ca_certs is not None:
+        _let_grpc_tell_refusals()
     from baton.services.gateway.__main__ import run
 
     return run(settings)
@@ -58,9 +60,17 @@ def _worker(settings: WorkerSettings) -> int:
     settings = with_model(settings)
     if settings.threads_per_worker is not None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads_per_worker)  # torch reads it when it is imported
+    if settings.tls_ca_file is not None:
+        _let_grpc_tell_refusals()
     from baton.services.local.worker_process import run
 
     return run(settings)
+
+
+def _let_grpc_tell_refusals() -> None:
+    """Why a handshake failed is known to gRPC's own library alone, and it says so at this level. Before its import."""
+    if os.environ.get("GRPC_VERBOSITY") == "ERROR":
+        os.environ["GRPC_VERBOSITY"] = "INFO"
 
 
 def _check_ports(settings: GatewayOptions) -> None:
@@ -111,6 +121,25 @@ _AdminKey = Annotated[
         show_envvar=False,
     ),
 ]
+
+
+def _use_ca(path: Path | None) -> Path | None:
+    """For this command and what it starts."""
+    if path is not None:
+        os.environ["SSL_CERT_FILE"] = str(path)
+    return path
+
+
+_Ca = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file",
+        help="CA that signed the certificate of an https:// URL. Default: SSL_CERT_FILE, or the system's.",
+        callback=_use_ca,
+        exists=True,
+        dir_okay=False,
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 
 
@@ -118,6 +147,7 @@ _Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 def _status(
     url: _Url = "http://127.0.0.1:8000",
     api_key: _Key = None,
+    ca_file: _Ca = None,
     watch: Annotated[
         float | None, typer.Option(help="Again every so many seconds, until Ctrl-C.", metavar="SECONDS", min=0.1)
     ] = None,
@@ -130,7 +160,7 @@ def _status(
 
 
 @app.command("top")
-def _top(url: _Url = "http://127.0.0.1:8000", api_key: _Key = None) -> int:
+def _top(url: _Url = "http://127.0.0.1:8000", api_key: _Key = None, ca_file: _Ca = None) -> int:
     """The same every second, with rates, until Ctrl-C."""
     from baton.services.local.status import show_status
 
@@ -141,6 +171,7 @@ def _top(url: _Url = "http://127.0.0.1:8000", api_key: _Key = None) -> int:
 def _profile(
     url: _Url = "http://127.0.0.1:8000",
     api_key: _Key = None,
+    ca_file: _Ca = None,
     output: Annotated[Path, typer.Option(help="Where the JSON goes.", dir_okay=False)] = Path("baton-profile.json"),
     quick: Annotated[bool, typer.Option(help="A small grid: a few points, two of each.")] = False,
 ) -> int:
@@ -155,6 +186,7 @@ def _explain(
     request_id: Annotated[str, typer.Argument(help="A response's id, or the x-request-id.", metavar="ID")],
     url: _Url = "http://127.0.0.1:8000",
     api_key: _Key = None,
+    ca_file: _Ca = None,
     as_json: _Json = False,
 ) -> int:
     """Show a request's receipt: where it went and why, and what each phase took."""
@@ -168,6 +200,7 @@ def _chat(
     question: Annotated[str | None, typer.Argument(help="One question. Without it: a conversation.")] = None,
     url: _Url = "http://127.0.0.1:8000",
     api_key: _Key = None,
+    ca_file: _Ca = None,
     model: Annotated[str | None, typer.Option(help="Default: the model that is served.", metavar="NAME")] = None,
     system: Annotated[str | None, typer.Option(help="System message.", metavar="TEXT")] = None,
     session_id: Annotated[str | None, typer.Option(help="Default: a new one.", metavar="ID")] = None,
@@ -187,6 +220,7 @@ def _doctor(
         str | None, typer.Option(help="A running gateway. Default: the one at --host and --port.", envvar="BATON_URL")
     ] = None,
     api_key: _Key = None,
+    ca_file: _Ca = None,
     host: Annotated[str, typer.Option(help="Address to listen on.", envvar="BATON_HOST")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="REST port.", envvar="BATON_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port.", envvar="BATON_GRPC_PORT", min=1, max=65535)] = 8001,

@@ -14,7 +14,8 @@ from baton.services.runtime.settings import ServeSettings, is_loopback, is_wildc
 def banner(settings: ServeSettings, workers: Sequence[dict[str, Any]]) -> str:
     """``workers`` are rows of ``/v1/workers``."""
     host = "localhost" if is_wildcard(settings.host) else settings.host
-    url = f"http://{format_address(host, settings.port)}"
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    url = f"{scheme}://{format_address(host, settings.port)}"
     has_keys = settings.needs_key
     rows = [
         ("REST", f"{url}/v1  (OpenAI's API)   metrics {url}/metrics   workers {url}/v1/workers"),
@@ -31,7 +32,8 @@ def banner(settings: ServeSettings, workers: Sequence[dict[str, Any]]) -> str:
         *((worker["id"], _pool(worker)) for worker in workers),
         ("auth", "API key" if has_keys else "none: whoever reaches the port can use it"),
     ]
-    if not is_loopback(settings.host):
+    rows.append(("TLS", _tls(settings)))
+    if not is_loopback(settings.host) and settings.ssl_certfile is None:
         rows.append(("WARNING", f"insecure: listening on {settings.host} without TLS (--allow-insecure-bind)"))
     width = max(len(name) for name, _ in rows)
     lines = ["", "Baton is ready", *(f"  {name:<{width}}  {text}" for name, text in rows)]
@@ -44,6 +46,13 @@ def banner(settings: ServeSettings, workers: Sequence[dict[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _tls(settings: ServeSettings) -> str:
+    towards = "none" if settings.ssl_certfile is None else "yes"
+    if settings.ssl_ca_certs is not None:
+        towards = "mutual"
+    return f"towards clients: {towards}; between processes: {'none' if settings.tls_ca_file is None else 'mutual'}"
 
 
 def curl_line(url: str, model: str, has_keys: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from baton.services.local.nats_server import NatsServer
 from baton.services.local.options import flags_for
 from baton.services.local.private_directory import PrivateDirectory
 from baton.services.runtime.admin_options import ADMIN_HOST
+from baton.services.runtime.client_tls import own_context
 from baton.services.runtime.cores import num_cores
 from baton.services.runtime.net import free_port
 from baton.services.runtime.settings import GatewaySettings, ServeSettings, WorkerSettings
@@ -48,7 +50,9 @@ class LocalCluster:
         self.nats = NatsServer(self.directory, self._nats_token)
         self.workers: list[Child] = []
         self.gateway: Child | None = None
-        self.client = GatewayClient(self.settings.host, self.settings.port, api_key=own_key, timeout_s=2.0)
+        self.client = GatewayClient(
+            self.settings.host, self.settings.port, api_key=own_key, timeout_s=2.0, tls=_own_tls(settings)
+        )
 
     @property
     def worker_ids(self) -> list[str]:
@@ -104,3 +108,11 @@ class LocalCluster:
             "nats_token_file": self._nats_token,
             "block_key_file": self._block_key,
         }
+
+
+def _own_tls(settings: ServeSettings) -> Callable[[], ssl.SSLContext] | None:
+    """How to ask the gateway: its certificate is one of our own files."""
+    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
+    if certificate is None or key is None:
+        return None
+    return lambda: own_context(certificate, key)

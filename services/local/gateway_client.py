@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator, Mapping
+import ssl
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from baton.services.runtime.client_tls import advice, client_context
 from baton.services.runtime.settings import is_wildcard
 
 
@@ -37,7 +39,17 @@ class StreamRefused(Exception):
 class GatewayClient:
     """One request, one connection. Blocking: call it in a thread where there is an event loop."""
 
-    def __init__(self, host: str, port: int, *, api_key: str | None = None, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 10.0,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+    ) -> None:
+        """``tls`` is asked with each connection; None: plain HTTP."""
+        self._tls = tls
         self._host = "localhost" if is_wildcard(host) else host
         self._port = port
         self._api_key = api_key
@@ -45,11 +57,16 @@ class GatewayClient:
 
     @staticmethod
     def from_url(url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> GatewayClient:
-        """Raises ValueError for what is not http://HOST[:PORT]."""
+        """Raises ValueError for what is not http://HOST[:PORT] or https://HOST[:PORT]."""
         split = urlsplit(url)
-        if split.scheme != "http" or not split.hostname:
-            raise ValueError(f"must look like http://host:8000, got {url!r}")
-        return GatewayClient(split.hostname, split.port or 80, api_key=api_key, timeout_s=timeout_s)
+        if split.scheme not in ("http", "https") or not split.hostname:
+            raise ValueError(f"must look like http://host:8000 or https://host:8000, got {url!r}")
+        if split.scheme == "http":
+            return GatewayClient(split.hostname, split.port or 80, api_key=api_key, timeout_s=timeout_s)
+        context = client_context()
+        return GatewayClient(
+            split.hostname, split.port or 443, api_key=api_key, timeout_s=timeout_s, tls=lambda: context
+        )
 
     def get(self, path: str) -> Answer:
         return self._request("GET", path, None)
@@ -62,7 +79,7 @@ class GatewayClient:
 
         Raises StreamRefused for an answer that is no stream, GatewayUnreachable where it breaks.
         """
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        connection = self._connect()
         try:
             connection.request("POST", path, json.dumps(body), self._headers())
             response = connection.getresponse()
@@ -77,22 +94,36 @@ class GatewayClient:
             if not is_done:
                 raise GatewayUnreachable(f"{self._host}:{self._port}: the stream was cut off")
         except (OSError, http.client.HTTPException) as error:
-            raise GatewayUnreachable(f"{self._host}:{self._port}: {str(error) or type(error).__name__}") from None
+            raise GatewayUnreachable(self._why(error)) from None
         finally:
             connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._tls is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls())
+
+    def _why(self, error: Exception) -> str:
+        """With what to do about it, where TLS may be the cause."""
+        hint = ""
+        if isinstance(error, ssl.SSLError):
+            hint = f"; {advice(error)}"
+        elif self._tls is None and isinstance(error, (ConnectionResetError, http.client.BadStatusLine)):
+            hint = "; if it speaks TLS, its URL begins with https://"
+        return f"{self._host}:{self._port}: {str(error) or type(error).__name__}{hint}"
 
     def _headers(self) -> dict[str, str]:
         key = {} if self._api_key is None else {"authorization": f"Bearer {self._api_key}"}
         return {"content-type": "application/json", **key}
 
     def _request(self, method: str, path: str, body: Any) -> Answer:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        connection = self._connect()
         try:
             connection.request(method, path, None if body is None else json.dumps(body), self._headers())
             response = connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise GatewayUnreachable(f"{self._host}:{self._port}: {str(error) or type(error).__name__}") from None
+            raise GatewayUnreachable(self._why(error)) from None
         finally:
             connection.close()
         return _answer(response, content)

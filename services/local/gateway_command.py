@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from baton.services.local.gateway_client import Answer, GatewayClient, GatewayUnreachable
+from baton.services.runtime.certificates import CertificateProblem
 from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION
 
 
@@ -20,6 +21,9 @@ def with_gateway(
     """What ``use`` returns, or 0; 1 with words where there is no gateway or it refuses; 2 for a bad URL."""
     try:
         return use(GatewayClient.from_url(url, api_key=api_key, timeout_s=timeout_s)) or 0
+    except CertificateProblem as error:
+        sys.stderr.write(f"baton {command}: {error}\n")
+        return EXIT_BAD_CONFIGURATION
     except ValueError as error:
         sys.stderr.write(f"baton {command}: --url: {error}\n")
         return EXIT_BAD_CONFIGURATION

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -69,7 +70,11 @@ class Bus(Protocol):
 class NatsBus:
     """The bus over NATS. It connects in the background and goes on trying for ever, so no process waits for a NATS server."""
 
-    def __init__(self, urls: str, *, name: str, token: str | None = None) -> None:
+    def __init__(
+        self, urls: str, *, name: str, token: str | None = None, tls: Callable[[], ssl.SSLContext] | None = None
+    ) -> None:
+        """``tls`` is asked for each connection to a ``tls://`` server."""
+        self._tls = tls
         self._urls = [url.strip() for url in urls.split(",")]
         self._name = name
         self._token = token
@@ -81,6 +86,7 @@ class NatsBus:
         # Beside the task's cancellation: the client's waits swallow one that comes together with what they wait for.
         self._is_closing = False
         self._dropped: Counter[str] = Counter()
+        self._told = ""  # why there was no connection
 
     @property
     def is_connected(self) -> bool:
@@ -149,7 +155,7 @@ class NatsBus:
                 await self._pump(client, closed)
                 _log.warning("bus lost; serving goes on without it", servers=self._urls)
             except (OSError, TimeoutError, nats.errors.Error) as error:
-                _log.debug("bus not reachable", servers=self._urls, error=str(error) or type(error).__name__)
+                self._tell_unreachable(str(error) or type(error).__name__, is_tls=isinstance(error, ssl.SSLError))
             except Exception:
                 _log.exception("bus connection failed")
             finally:
@@ -163,6 +169,12 @@ class NatsBus:
                 return
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))  # noqa: S311  spreads reconnecting, no secret
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+
+    def _tell_unreachable(self, why: str, *, is_tls: bool) -> None:
+        """A server that is not there comes back; certificates that do not fit are a mistake of somebody's. Once for each."""
+        write = _log.warning if is_tls and why != self._told else _log.debug
+        self._told = why
+        write("bus not reachable", servers=self._urls, error=why)
 
     async def _connect(self, client: nats.aio.client.Client, closed: asyncio.Event) -> None:
         async def on_closed() -> None:
@@ -184,6 +196,7 @@ class NatsBus:
             ping_interval=_PING_INTERVAL_S,
             max_outstanding_pings=_MAX_OUTSTANDING_PINGS,
             connect_timeout=_CONNECT_TIMEOUT_S,
+            tls=self._tls() if self._tls is not None else None,
             closed_cb=on_closed,
             error_cb=on_error,
         )

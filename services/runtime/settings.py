@@ -16,6 +16,7 @@ from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
 from baton.services.core.failpoints import parse_failpoints
 from baton.services.runtime.admin_options import AdminOptions
+from baton.services.runtime.certificates import empty_context, load_ca
 from baton.services.runtime.option_set import PathList, Port, PublicPort, SecretList, Size, StringList, readable
 from baton.services.runtime.tls_options import KVTLSOptions, PublicTLSOptions, TLSOptions
 
@@ -97,6 +98,9 @@ class BusSettings(Settings):
         description="NATS servers, comma-separated. Empty or 'none': do without; name workers by --worker.",
     )
     nats_token_file: Path | None = Field(None, description="File with the token that the NATS server asks for.")
+    nats_ca_file: Path | None = Field(
+        None, description="CA of tls:// servers (PEM). Default: --tls-ca-file, or the system's."
+    )
     block_key_file: Path | None = Field(
         None,
         description="File with the secret that keys block names, 16 to 64 bytes; the same for all workers and gateways.",
@@ -126,6 +130,13 @@ class BusSettings(Settings):
     @classmethod
     def _check_token_file(cls, path: Path | None) -> Path | None:
         return readable(path)
+
+    @field_validator("nats_ca_file")
+    @classmethod
+    def _check_nats_ca(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            load_ca(empty_context(), path)
+        return path
 
     @field_validator("block_key_file")
     @classmethod
@@ -353,6 +364,7 @@ class ServeSettings(ModelSettings, GatewayOptions):
 
     panel = "Workers"
     tls_roles = frozenset({"gateway", "worker"})
+    asks_itself = True
 
     mode: Literal["disaggregated", "colocated"] = Field(
         "disaggregated", description="colocated: workers do both parts."

@@ -20,6 +20,7 @@ from baton.services.runtime.certificates import (
     CertificateProblem,
     check_dates,
     describe,
+    first_certificate,
     load_ca,
     load_pair,
     read_pem,
@@ -142,6 +143,11 @@ def _public(files: TLSFiles) -> Material:
     # Not required: probes have none. What may be asked without one is decided with the request.
     material = _material(files, ssl.TLSVersion.TLSv1_2, ssl.CERT_NONE if files.ca is None else ssl.CERT_OPTIONAL)
     material.server.set_alpn_protocols(["http/1.1"])
+    if files.ca is not None:
+        # Who has the server's own key may ask as well: baton serve, of its own gateway.
+        leaf = first_certificate(material.certificate_pem.decode("ascii", "replace"))
+        material.server.load_verify_locations(cadata=leaf)
+        material.server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return material
 
 

@@ -110,6 +110,7 @@ class PublicTLSOptions(OptionSet):
     """Towards clients: REST and gRPC of a gateway. Named as uvicorn names them."""
 
     panel = "TLS towards clients"
+    asks_itself: ClassVar[bool] = False
 
     ssl_keyfile: Path | None = Field(None, description="Private key of --ssl-certfile (PEM). Changes are noticed.")
     ssl_certfile: Path | None = Field(
@@ -142,8 +143,14 @@ class PublicTLSOptions(OptionSet):
     def _check_ssl_ca(cls, ca: Path | None, info: ValidationInfo) -> Path | None:
         if ca is not None:
             load_ca(empty_context(), ca)
-            if info.data.get("ssl_certfile", ca) is None:
+            certificate, key = info.data.get("ssl_certfile", ca), info.data.get("ssl_keyfile")
+            if certificate is None:
                 raise CertificateProblem("needs --ssl-certfile and --ssl-keyfile beside it")
+            if cls.asks_itself and "ssl_certfile" in info.data and key is not None:
+                try:
+                    describe(certificate, key, as_client=True)
+                except CertificateProblem as problem:
+                    raise CertificateProblem(f"{problem}: with it baton serve asks its own gateway how it is") from None
         return ca
 
 

@@ -37,9 +37,10 @@ from baton.services.engine.loader import LoadedModel, load_model
 from baton.services.runtime import convert
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.block_key import read_block_key
-from baton.services.runtime.bus import Bus, NatsBus, NoBus
+from baton.services.runtime.bus import Bus
 from baton.services.runtime.failpoints import FailpointReached, clear_failpoints, enable_failpoints, reach
 from baton.services.runtime.health import SERVICE_NAME, Health
+from baton.services.runtime.make_bus import make_bus
 from baton.services.runtime.net import format_address
 from baton.services.runtime.settings import WorkerSettings
 from baton.services.runtime.subjects import Subjects
@@ -80,7 +81,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         self._load = load or self._load_model
         self._stack = AsyncExitStack()  # what ``stop`` undoes, last first
         if bus is None:
-            bus = self._make_bus()
+            bus = make_bus(settings, settings.worker_id or settings.role)
             self._stack.push_async_callback(bus.close)
         self._bus = bus
         self._health = Health()
@@ -273,13 +274,6 @@ class WorkerHost(ABC, Generic[WorkerT]):
             )
         except TransferError as error:
             raise ConfigurationError(f"--transport {settings.transport}: {error.message}") from error
-
-    def _make_bus(self) -> Bus:
-        settings = self.settings
-        if settings.nats_url is None:
-            return NoBus()
-        token = settings.nats_token_file.read_text().strip() if settings.nats_token_file else None
-        return NatsBus(settings.nats_url, name=settings.worker_id or settings.role, token=token)
 
     async def wait_failed(self) -> None:
         assert self.worker is not None

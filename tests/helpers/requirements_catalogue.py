@@ -60,6 +60,13 @@ BAD_INPUTS: dict[str, tuple[str, ...]] = {
         "tests/unit/kvtransfer/test_agent.py::test_another_sender_than_the_announced_one_is_stale",
         "tests/unit/kvtransfer/test_faults.py::test_an_expired_lease_frees_the_slots_and_everything_later_is_refused",
     ),
+    "X20 certificates: none, of another CA, expired, of another role": (
+        "tests/integration/test_tls.py::test_rest_is_closed_to_strangers",
+        "tests/integration/test_tls.py::test_grpc_is_closed_to_strangers",
+        "tests/integration/test_tls.py::test_workers_are_closed_to_strangers",
+        "tests/unit/kvtransfer/test_tls.py::test_a_stranger_is_refused_with_a_line_in_the_log",
+        "tests/unit/runtime/test_role_check.py::test_a_role_may_call_what_is_its_own_and_nothing_else",
+    ),
 }
 
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
@@ -117,6 +124,4 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-NOT_BUILT = {
-    "X20": "there is no TLS between processes yet",
-}
+NOT_BUILT = {}

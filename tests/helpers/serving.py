@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ class Serving:
     grpc_port: int
     lines: list[str] = field(default_factory=list)  # what it wrote on both outputs
     key: str | None = None  # sent with every request
+    tls: ssl.SSLContext | None = None  # None: plain HTTP
 
     @property
     def headers(self) -> dict[str, str]:
@@ -37,13 +39,17 @@ class Serving:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return {"headers": self.headers, **({} if self.tls is None else {"verify": self.tls})}
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30.0, **({"headers": self.headers} | kwargs))
+        return httpx.get(f"{self.url}{path}", timeout=30.0, **(self._defaults | kwargs))
 
     def post(self, path: str, json: Any, **kwargs: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=json, **({"headers": self.headers, "timeout": 60.0} | kwargs))
+        return httpx.post(f"{self.url}{path}", json=json, **(self._defaults | {"timeout": 60.0} | kwargs))
 
     def workers(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/workers").json()["data"])
@@ -85,8 +91,10 @@ class Serving:
 
 
 @contextmanager
-def serving(*options: str, env: dict[str, str] | None = None, wait: bool = True) -> Iterator[Serving]:
-    """Runs ``baton serve`` until the end of the block, and checks that no process of it is left."""
+def serving(
+    *options: str, env: dict[str, str] | None = None, wait: bool = True, tls: ssl.SSLContext | None = None
+) -> Iterator[Serving]:
+    """Runs ``baton serve`` until the end of the block, and checks that no process of it is left. ``tls`` to speak to it."""
     port, grpc_port = free_ports(2)
     command = [
         sys.executable,
@@ -105,7 +113,7 @@ def serving(*options: str, env: dict[str, str] | None = None, wait: bool = True)
         text=True,
         env={**os.environ, **(env or {})},
     )
-    server = Serving(process, port, grpc_port)
+    server = Serving(process, port, grpc_port, tls=tls)
     reader = threading.Thread(target=_read, args=(server,), daemon=True)
     reader.start()
     tree: list[psutil.Process] = []
