@@ -123,8 +123,8 @@ def test_client_says_where_nobody_answers() -> None:
         GatewayClient("127.0.0.1", 1).get("/")
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "host:80", "http://", "https://host"])
-def test_client_wants_a_plain_url(url: str) -> None:
+@pytest.mark.parametrize("url", ["ftp://host", "host:80", "http://", "https://"])
+def test_client_wants_a_url_of_http(url: str) -> None:
     with pytest.raises(ValueError, match="must look like"):
         GatewayClient.from_url(url)
 
