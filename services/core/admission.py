@@ -57,6 +57,8 @@ class Visit:
     num_streams: int
     ttft_s: float | None  # left until its first token is late
     tpot_s: float | None
+    tenant: str = ""
+    priority: int = 0  # among the tenant's own of the class: the lowest first
     order: int = 0
     arrival_s: float = 0.0
     admitted_s: float | None = None
@@ -120,7 +122,7 @@ class AdmissionControl:
 
     def _arrive(self, visit: Visit, now: float, others_tokens: int) -> bool:
         ahead = self.ahead_tokens + others_tokens + visit.num_tokens
-        is_next = all(self._turn(visit, now) < self._turn(other, now) for other in self._waiting)
+        is_next = self._num_before(visit, now) == 0
         if is_next and self._has_room(visit, now):
             excess_s = 0.0 if self._is_small(visit) else self._ttft.at(ahead) - self._allowed_s(visit)
             if visit.is_batch or excess_s <= 0.0:
@@ -207,6 +209,25 @@ class AdmissionControl:
         patience_s = self.limits.batch_patience_s if visit.ttft_s is None else visit.ttft_s
         return (self._gives_way(visit, now), visit.arrival_s + patience_s, visit.order)
 
+    def _in_order(self, visits: list[Visit], now: float) -> list[Visit]:
+        """By turn. A tenant's turns are its own, and its priorities say which of its requests of a class has which:
+        nobody else's turn moves."""
+        turns = sorted(visits, key=lambda visit: self._turn(visit, now))
+        if not any(visit.priority for visit in turns):
+            return turns
+        groups: dict[tuple[str, SloClass], list[Visit]] = {}
+        for visit in turns:
+            groups.setdefault((visit.tenant, visit.slo_class), []).append(visit)
+        owners = {key: iter(sorted(group, key=lambda visit: visit.priority)) for key, group in groups.items()}
+        return [next(owners[visit.tenant, visit.slo_class]) for visit in turns]
+
+    def _num_before(self, visit: Visit, now: float) -> int:
+        """How many of those that wait have their turn before it."""
+        if visit.priority or any(other.priority for other in self._waiting):
+            return self._in_order([*self._waiting, visit], now).index(visit)
+        own = self._turn(visit, now)
+        return sum(self._turn(other, now) < own for other in self._waiting)
+
     def _is_small(self, visit: Visit) -> bool:
         return not self._waiting and self.num_streams + visit.num_streams <= self.limits.always
 
@@ -232,10 +253,9 @@ class AdmissionControl:
     def _seat_s(self, visit: Visit, now: float) -> float:
         """Until its turn comes, at the rate at which requests end. What began together ends together: where nothing has ended
         for long, it takes as long again to the next end."""
-        own = self._turn(visit, now)
         oldest = next(iter(self._running), None)
         silent_s = 0.0 if oldest is None else now - max(oldest.admitted_s or 0.0, self._last_end_s or 0.0)
-        num_before = sum(self._turn(other, now) < own for other in self._waiting)
+        num_before = self._num_before(visit, now)
         return max(silent_s, self._end_every_s) + num_before * self._end_every_s
 
     # What happens.
@@ -254,7 +274,7 @@ class AdmissionControl:
 
     def _let_in_waiting(self, now: float) -> list[Visit]:
         entered: list[Visit] = []
-        for visit in sorted(self._waiting, key=lambda visit: self._turn(visit, now)):
+        for visit in self._in_order(self._waiting, now):
             is_small = not self._running or self.num_streams + visit.num_streams <= self.limits.always
             if not is_small and not self._has_room(visit, now):
                 break

@@ -41,6 +41,7 @@ class ServiceLevel:
     tpot_s: float | None = None
     tenant: str = ""
     weight: float = 1.0  # of the tenant, against others of the class
+    priority: int = 0  # among the tenant's own that wait in the class: the lowest first
 
     @property
     def is_batch(self) -> bool:

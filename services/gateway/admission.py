@@ -103,6 +103,8 @@ class Admission:
             num_streams=options.num_choices,
             ttft_s=None if ttft_ms is None else caller.received_s + ttft_ms / 1e3 - now_s,
             tpot_s=None if tpot_ms is None else tpot_ms / 1e3,
+            tenant=caller.tenant.tenant_id,
+            priority=options.priority,
         )
         is_in = self.control.arrive(visit, now_s, others_tokens=self._others_tokens())
         ticket = Ticket(self, visit)

@@ -43,6 +43,7 @@ class GenerationRequest:
     cache_salt: str = ""
     slo: SloTarget = field(default_factory=SloTarget)
     tenant: Tenant = ANONYMOUS
+    priority: int = 0  # among the tenant's own
     session: SessionTag | None = None  # whose blocks are kept afterwards
     timeout_s: float | None = None
     trace: Trace = field(default_factory=Trace)
@@ -62,6 +63,7 @@ class GenerationRequest:
             tpot_s=None if tpot_ms is None else tpot_ms / 1e3,
             tenant=self.tenant.tenant_id,
             weight=min(max(self.tenant.weight, MIN_WEIGHT), MAX_WEIGHT),
+            priority=self.priority,
         )
 
 

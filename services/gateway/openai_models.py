@@ -76,7 +76,9 @@ class GenerationBody(Body):
     prompt_cache_retention: str | None = Field(
         None, description="The same in OpenAI's words: in_memory (300 s) or 24h; needs a session id."
     )
-    priority: int | None = Field(None, description="Accepted.")
+    priority: int | None = Field(
+        None, description="Among your own requests of the same class that wait: the lowest first. Default: 0."
+    )
     add_special_tokens: bool | None = Field(None, description="Default: true for text, false behind a chat template.")
     response_format: dict[str, Any] | None = Field(
         None, description='{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": {...}}.'

@@ -67,6 +67,7 @@ class GenerationOptions:
     cache_salt: str | None = None
     session_id: str | None = None  # the client's name of the conversation; None: its header's, if there is one
     session_ttl_s: float = 300.0
+    priority: int = 0  # among the tenant's own that wait: the lowest first
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False

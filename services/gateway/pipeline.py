@@ -187,6 +187,7 @@ async def prepare(deps: GatewayDeps, options: GenerationOptions, caller: Caller)
             cache_salt=tenant_salt(caller.tenant, options.cache_salt),
             slo=caller.slo,
             tenant=caller.tenant,
+            priority=options.priority,
             session=session_tag(options, caller),
             timeout_s=caller.timeout_s,
             trace=Trace(dict(trace.instants)),

@@ -152,6 +152,7 @@ def make_options(
         cache_salt=body.cache_salt,
         session_id=body.session_id,
         session_ttl_s=_session_ttl_s(body),
+        priority=body.priority or 0,
         stream=stream,
         include_usage=include_usage,
         continuous_usage=bool(usage and usage.continuous_usage_stats),

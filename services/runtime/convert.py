@@ -122,6 +122,7 @@ def service_to_wire(level: ServiceLevel, now_s: float) -> pb.ServiceLevel:
         tpot_ms=(level.tpot_s or 0.0) * 1e3,
         tenant=level.tenant,
         weight=level.weight,
+        priority=level.priority,
     )
 
 
@@ -139,6 +140,7 @@ def service_from_wire(wire: pb.ServiceLevel, now_s: float) -> ServiceLevel:
         tpot_s=wire.tpot_ms / 1e3 or None,
         tenant=wire.tenant,
         weight=weight,
+        priority=wire.priority,
     )
 
 

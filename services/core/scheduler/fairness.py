@@ -5,6 +5,9 @@ A virtual token counter for each tenant that waits (after Sheng et al., "Fairnes
 tenant with the lowest counter is next. One that comes, or comes back, starts no lower than those who are being served, so
 that nobody saves up turns; and a tenant that floods only raises its own counter, so that another one waits for what is
 under way and not for the flood.
+
+What one tenant has waiting is ordered by its own priorities, then by urgency. A priority moves nobody else: whose turn it is
+does not depend on it, and among tenants that stand alike, and among classes, a request counts by its urgency.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ MAX_IDLE_LANES = 1024
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """What one tenant has waiting, most urgent first, and what it was served."""
+    """What one tenant has waiting, in its own order, and what it was served."""
 
     weight: float
     served: float  # virtual: cost divided by weight
@@ -35,7 +38,7 @@ class _Lane:
 
 
 class FairQueue:
-    """Waiting requests of one class: tenants in turn, each tenant's own by urgency."""
+    """Waiting requests of one class: tenants in turn, each tenant's own by priority, then by urgency."""
 
     def __init__(self, late_patience_s: float) -> None:
         """A request that is late already has its turn behind the tenant's others for ``late_patience_s`` more."""
@@ -53,7 +56,7 @@ class FairQueue:
         lane.weight = level.weight
         if not lane.waiting:
             lane.served = max(lane.served, self._now_served)
-        insort(lane.waiting, sequence, key=urgency)
+        insort(lane.waiting, sequence, key=own_order)
         self._num_waiting += 1
 
     def remove(self, sequence: Sequence) -> None:
@@ -104,7 +107,12 @@ class FairQueue:
             first.can_be_late = False
             first.due_s += self._late_patience_s
             del lane.waiting[0]
-            insort(lane.waiting, first, key=urgency)
+            insort(lane.waiting, first, key=own_order)
+
+
+def own_order(sequence: Sequence) -> tuple[int, float, int]:
+    """Among those of one tenant and class."""
+    return sequence.request.service.priority, *urgency(sequence)
 
 
 def urgency(sequence: Sequence) -> tuple[float, int]:

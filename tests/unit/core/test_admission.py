@@ -302,3 +302,46 @@ def test_under_pressure_seats_are_given_at_the_rate_at_which_they_are_left() -> 
     assert (later_s := control.wake_s) is not None
     assert control.look(later_s) == waiting[1:]
     assert control.wake_s is None
+
+
+# Priorities.
+
+
+def waiting(control: AdmissionControl, *asked: tuple[str, int]) -> list[Visit]:
+    """Of tenants, with priorities, one after the other, while a seat's owner runs."""
+    visits = [Visit(SloClass.BATCH, 10, 1, None, None, tenant=tenant, priority=priority) for tenant, priority in asked]
+    assert [control.arrive(visit, float(number)) for number, visit in enumerate(visits)] == [False] * len(visits)
+    return visits
+
+
+def order(control: AdmissionControl, visits: list[Visit]) -> list[int]:
+    """In which they are let in, as numbers of ``visits``."""
+    return [visits.index(visit) for visit in control._in_order(control._waiting, 50.0)]
+
+
+@pytest.fixture
+def full() -> AdmissionControl:
+    """One in which batch has to wait."""
+    control = AdmissionControl(AdmissionLimits(always=0, batch_share=0.0, max_waiting=100))
+    control._tpot.observe(1.0, 0.05)
+    control._tpot.observe(2.0, 0.10)
+    return control
+
+
+def test_a_tenants_priorities_say_which_of_its_requests_has_which_of_its_turns(full: AdmissionControl) -> None:
+    visits = waiting(full, ("a", 0), ("b", 0), ("a", 5), ("a", -5), ("b", 9), ("b", 0))
+    # The turns are a b a a b b, whatever the priorities are.
+    assert order(full, visits) == [3, 1, 0, 2, 5, 4]
+
+
+def test_without_priorities_the_order_is_that_of_arrival(full: AdmissionControl) -> None:
+    visits = waiting(full, ("a", 0), ("b", 0), ("a", 0), ("b", 0))
+    assert order(full, visits) == [0, 1, 2, 3]
+    assert full._num_before(Visit(SloClass.BATCH, 10, 1, None, None, arrival_s=9.0, order=9), 50.0) == 4
+
+
+def test_classes_of_one_tenant_do_not_mix(full: AdmissionControl) -> None:
+    (patient,) = waiting(full, ("a", -9))
+    urgent = Visit(SloClass.INTERACTIVE, 10, 1, 60.0, None, tenant="a", priority=9, arrival_s=9.0, order=9)
+    assert full._num_before(urgent, 10.0) == 0
+    assert full._in_order([patient, urgent], 10.0) == [urgent, patient]

@@ -83,6 +83,7 @@ async def test_the_newer_fields_reach_the_sampler(stub: Any, gateway: Gateway) -
     await generate(stub, text="hello", logit_bias={5: 2.0, 7: -500.0}, priority=3, session_id="s", max_tokens=4)
     sampling = gateway.dispatcher.requests[0].sampling
     assert sampling.logit_bias == ((5, 2.0), (7, -100.0))
+    assert gateway.dispatcher.requests[0].service_level(0.0).priority == 3
 
 
 async def test_the_session_and_its_time_reach_the_workers(stub: Any, gateway: Gateway) -> None:

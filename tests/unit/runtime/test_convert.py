@@ -111,10 +111,10 @@ def test_a_deadline_is_on_the_workers_own_clock() -> None:
 
 @pytest.mark.parametrize("slo_class", list(SloClass))
 def test_a_promise_goes_over_the_wire_as_time_that_is_left(slo_class: SloClass) -> None:
-    level = ServiceLevel(slo_class, next_token_due_s=101.5, tpot_s=0.125, tenant="t", weight=2.0)
+    level = ServiceLevel(slo_class, next_token_due_s=101.5, tpot_s=0.125, tenant="t", weight=2.0, priority=-7)
     wire = convert.service_to_wire(level, 100.0)
     there = convert.service_from_wire(pb.ServiceLevel.FromString(wire.SerializeToString()), 7.0)
-    assert there == ServiceLevel(slo_class, next_token_due_s=8.5, tpot_s=0.125, tenant="t", weight=2.0)
+    assert there == ServiceLevel(slo_class, next_token_due_s=8.5, tpot_s=0.125, tenant="t", weight=2.0, priority=-7)
     late = convert.service_to_wire(ServiceLevel(next_token_due_s=99.0), 100.0)
     assert convert.service_from_wire(late, 7.0) == ServiceLevel(next_token_due_s=6.0)
 

@@ -26,9 +26,12 @@ class Backlog:
         self._tables = BlockTables(BlockPool(8, 4), NAMER)
         self._order = itertools.count()
 
-    def add(self, tenant: str, num_tokens: int = 10, *, weight: float = 1.0, due_s: float = 0.0) -> Sequence:
+    def add(
+        self, tenant: str, num_tokens: int = 10, *, weight: float = 1.0, due_s: float = 0.0, priority: int = 0
+    ) -> Sequence:
         order = next(self._order)
-        request = make_request(f"{tenant}-{order}", num_tokens, service=standard(tenant=tenant, weight=weight))
+        level = standard(tenant=tenant, weight=weight, priority=priority)
+        request = make_request(f"{tenant}-{order}", num_tokens, service=level)
         sequence = self._tables.open(request, order)
         sequence.due_s = due_s
         self.queue.push(sequence)
@@ -57,6 +60,33 @@ def test_tenants_take_turns_whoever_came_first() -> None:
     for _ in range(2):
         backlog.add("other")
     assert _tenants([backlog.serve() for _ in range(5)]) == ["flood", "other", "flood", "other", "flood"]
+
+
+def test_a_tenants_priorities_order_its_own_and_urgency_those_that_are_equal() -> None:
+    backlog = Backlog()
+    late = [backlog.add("one", due_s=due_s, priority=5) for due_s in (1.0, 0.5)]
+    middle = backlog.add("one", due_s=9.0)
+    first = backlog.add("one", due_s=99.0, priority=-(2**31))
+    assert [backlog.serve() for _ in range(4)] == [first, middle, late[1], late[0]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(asked=st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 3)), min_size=1, max_size=30))
+def test_a_priority_moves_nobody_elses_turn(asked: list[tuple[str, int]]) -> None:
+    """Requests of one size: after so many turns each tenant has had as many as without priorities, but for one in a tie."""
+    with_own, without = Backlog(), Backlog()
+    for tenant, priority in asked:
+        with_own.add(tenant, priority=priority)
+        without.add(tenant)
+    turns, plain = Counter[str](), Counter[str]()
+    own: dict[str, list[int]] = {tenant: [] for tenant in "abc"}
+    for _ in asked:
+        level = with_own.serve().request.service
+        own[level.tenant].append(level.priority)
+        turns[level.tenant] += 1
+        plain[without.serve().request.service.tenant] += 1
+        assert all(abs(turns[tenant] - plain[tenant]) <= 1 for tenant in "abc")
+    assert all(priorities == sorted(priorities) for priorities in own.values())
 
 
 def test_the_order_foretold_is_the_order_served() -> None:

@@ -159,18 +159,20 @@ class SessionTag(_message.Message):
     def __init__(self, key: _Optional[str] = ..., ttl_ms: _Optional[int] = ...) -> None: ...
 
 class ServiceLevel(_message.Message):
-    __slots__ = ("request_class", "ttft_left_ms", "tpot_ms", "tenant", "weight")
+    __slots__ = ("request_class", "ttft_left_ms", "tpot_ms", "tenant", "weight", "priority")
     REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
     TTFT_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
     TPOT_MS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_class: RequestClass
     ttft_left_ms: float
     tpot_ms: float
     tenant: str
     weight: float
-    def __init__(self, request_class: _Optional[_Union[RequestClass, str]] = ..., ttft_left_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+    priority: int
+    def __init__(self, request_class: _Optional[_Union[RequestClass, str]] = ..., ttft_left_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class RequestOutput(_message.Message):
     __slots__ = ("request_id", "attempt", "first_index", "tokens", "finish_reason", "stop_token_id", "error", "prefill", "transfer", "prompt_tokens", "handed_over", "fetch")
