@@ -252,3 +252,44 @@ def test_extra_variables_and_volumes_reach_the_container(render: Render) -> None
 def test_a_platform_may_choose_the_user(render: Render) -> None:
     security = render({"security": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}}).pod_spec("decode")
     assert security["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+CERTIFICATES = {
+    "tls": {"gatewaySecret": "gateway-tls", "workerSecret": "worker-tls"},
+    "gateway": {"tls": {"existingSecret": "public-tls", "clientCASecret": "client-ca"}},
+}
+
+
+def test_without_certificates_who_may_connect_is_left_to_the_network(render: Render) -> None:
+    rendered = render({})
+    for role in ROLES:
+        assert rendered.env(role)["BATON_ALLOW_INSECURE_BIND"] == "true"
+        assert not {name for name in rendered.env(role) if name.startswith(("BATON_TLS", "BATON_SSL"))}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_certificates_are_mounted_where_the_process_looks_for_them(render: Render, role: str) -> None:
+    rendered = render(CERTIFICATES)
+    env, container = rendered.env(role), rendered.container(role)
+    assert "BATON_ALLOW_INSECURE_BIND" not in env
+    files = {name: Path(value) for name, value in env.items() if name.startswith(("BATON_TLS", "BATON_SSL"))}
+    assert {"BATON_TLS_CERT_FILE", "BATON_TLS_KEY_FILE", "BATON_TLS_CA_FILE"} <= files.keys()
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in rendered.pod_spec(role)["volumes"]}
+    for path in files.values():
+        mount = mounts[str(path.parent)]
+        assert mount["readOnly"]
+        assert "subPath" not in mount  # such a file would never change
+        assert volumes[mount["name"]]["secret"]["secretName"]
+    secret = volumes[mounts["/etc/baton/tls"]["name"]]["secret"]["secretName"]
+    assert secret == ("gateway-tls" if role == "gateway" else "worker-tls")
+
+
+def test_probes_speak_tls(render: Render) -> None:
+    rendered = render(CERTIFICATES)
+    gateway, worker = rendered.container("gateway"), rendered.container("decode")
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert gateway[probe]["httpGet"]["scheme"] == "HTTPS"
+        assert worker[probe]["exec"]["command"][:4] == ["python", "-m", "baton.services.healthcheck", "grpc"]
+    assert worker["readinessProbe"]["exec"]["command"][4:] == [READY_SERVICE]
+    assert worker["livenessProbe"]["exec"]["command"][4:] == []

@@ -50,6 +50,8 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str]] = {
         {"nats": {"external": {"url": "nats://n:4222"}}},
         "nats.external: set, but nats.enabled=true",
     ),
+    "certificates for some": ({"tls": {"gatewaySecret": "s"}}, "gatewaySecret and workerSecret belong together"),
+    "a CA of clients alone": ({"gateway": {"tls": {"clientCASecret": "s"}}}, "needs gateway.tls.existingSecret"),
     "no NATS": ({"nats": {"enabled": False}}, "needs nats.external.url"),
     "token for the wrong NATS": (
         {"nats": {"enabled": False, "external": {"url": "nats://n"}, "auth": {"existingSecret": "s"}}},

@@ -23,7 +23,9 @@ class SmokeTest:
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
         split = urlsplit(url)
-        self._connection = http.client.HTTPConnection(split.hostname or "", split.port, timeout=timeout_s)
+        # HTTPS trusts SSL_CERT_FILE.
+        connect = http.client.HTTPSConnection if split.scheme == "https" else http.client.HTTPConnection
+        self._connection = connect(split.hostname or "", split.port, timeout=timeout_s)
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"

@@ -24,6 +24,16 @@
 - name: BATON_API_KEY_FILE
   value: /etc/baton/api-keys/api-keys
 {{- end }}
+{{- if .values.tls.existingSecret }}
+- name: BATON_SSL_CERTFILE
+  value: /etc/baton/public-tls/tls.crt
+- name: BATON_SSL_KEYFILE
+  value: /etc/baton/public-tls/tls.key
+{{- end }}
+{{- if .values.tls.clientCASecret }}
+- name: BATON_SSL_CA_CERTS
+  value: /etc/baton/client-ca/ca.crt
+{{- end }}
 {{- if .values.tenants.existingSecret }}
 - name: BATON_TENANTS_FILE
   value: /etc/baton/tenants/tenants.yaml

@@ -82,9 +82,19 @@ topologySpreadConstraints:
   value: /etc/baton/block-key/block-key
 - name: BATON_HOST
   value: {{ .root.Values.bindAddress | quote }}
+{{- if not (include "baton.listensWithTLS" .) }}
 # Who may connect is the NetworkPolicy's to say.
 - name: BATON_ALLOW_INSECURE_BIND
   value: "true"
+{{- end }}
+{{- if include "baton.tlsSecret" . }}
+- name: BATON_TLS_CERT_FILE
+  value: /etc/baton/tls/tls.crt
+- name: BATON_TLS_KEY_FILE
+  value: /etc/baton/tls/tls.key
+- name: BATON_TLS_CA_FILE
+  value: /etc/baton/tls/ca.crt
+{{- end }}
 - name: BATON_DRAIN_TIMEOUT_S
   value: {{ .values.drain.timeoutSeconds | quote }}
 - name: BATON_PEER_TIMEOUT_S
@@ -99,6 +109,33 @@ topologySpreadConstraints:
   value: "1"
 - name: HF_HOME
   value: /cache/huggingface
+{{- end -}}
+
+{{/* The Secret with the certificate that a component shows to the others. Takes a context with "root" and "component". */}}
+{{- define "baton.tlsSecret" -}}
+{{- ternary .root.Values.tls.gatewaySecret .root.Values.tls.workerSecret (eq .component "gateway") -}}
+{{- end -}}
+
+{{/* Whether what a component listens on for others speaks TLS. */}}
+{{- define "baton.listensWithTLS" -}}
+{{- ternary .root.Values.gateway.tls.existingSecret (include "baton.tlsSecret" .) (eq .component "gateway") -}}
+{{- end -}}
+
+{{- define "baton.tlsVolumeMounts" -}}
+{{- if include "baton.tlsSecret" . }}
+- name: tls
+  mountPath: /etc/baton/tls
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "baton.tlsVolumes" -}}
+{{- with include "baton.tlsSecret" . }}
+- name: tls
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0444
+{{- end }}
 {{- end -}}
 
 {{/* The chart's variables and the user's. Takes (dict "env" YAML list "extra" list "where" the values' path). */}}

@@ -14,6 +14,12 @@
 {{- if hasKey $values.gateway.apiKeys "keys" -}}
 {{- include "baton.problem" (dict "found" $found "text" "gateway.apiKeys.keys: values end up in the release's history, so keys come from a Secret only; set gateway.apiKeys.existingSecret") -}}
 {{- end -}}
+{{- if ne (empty $values.tls.gatewaySecret) (empty $values.tls.workerSecret) -}}
+{{- include "baton.problem" (dict "found" $found "text" "tls: gatewaySecret and workerSecret belong together: all processes have certificates, or none has") -}}
+{{- end -}}
+{{- if and $values.gateway.tls.clientCASecret (not $values.gateway.tls.existingSecret) -}}
+{{- include "baton.problem" (dict "found" $found "text" "gateway.tls.clientCASecret: needs gateway.tls.existingSecret, the gateway's own certificate") -}}
+{{- end -}}
 {{- if eq (int $values.gateway.service.port) (int $values.gateway.service.grpcPort) -}}
 {{- include "baton.problem" (dict "found" $found "text" (printf "gateway.service: port and grpcPort are both %v" $values.gateway.service.port)) -}}
 {{- end -}}

@@ -49,7 +49,7 @@ spec:
               containerPort: 9000
             - name: kv
               containerPort: 9001
-          {{- include "baton.worker.probes" .values.probes | nindent 10 }}
+          {{- include "baton.worker.probes" . | nindent 10 }}
           lifecycle:
             preStop:
               sleep:
@@ -63,6 +63,7 @@ spec:
             - name: shm
               mountPath: /dev/shm
             {{- include "baton.secretVolumeMounts" .root | nindent 12 }}
+            {{- with include "baton.tlsVolumeMounts" . | trim }}{{ . | nindent 12 }}{{ end }}
             {{- with include "baton.modelVolumeMount" .root | trim }}{{ . | nindent 12 }}{{ end }}
             {{- with .values.extraVolumeMounts }}
             {{- toYaml . | nindent 12 }}
@@ -74,6 +75,7 @@ spec:
             medium: Memory
             sizeLimit: {{ .values.shmSize | quote }}
         {{- include "baton.secretVolumes" .root | nindent 8 }}
+        {{- with include "baton.tlsVolumes" . | trim }}{{ . | nindent 8 }}{{ end }}
         {{- with include "baton.modelVolumes" .root | trim }}{{ . | nindent 8 }}{{ end }}
         {{- with .values.extraVolumes }}
         {{- toYaml . | nindent 8 }}
@@ -139,26 +141,37 @@ spec:
 {{/* Three questions: is the model loaded (startup), does the process still step (liveness: never a peer's health, or one
      dead pool would take the other with it), should it get work (readiness: not while it drains). */}}
 {{- define "baton.worker.probes" -}}
+{{- $probes := .values.probes -}}
+{{- $ready := include "baton.worker.ask" (dict "context" . "service" "ready") -}}
 startupProbe:
-  grpc:
-    port: 9000
-    service: ready
-  periodSeconds: {{ .periodSeconds }}
+  {{- $ready | nindent 2 }}
+  periodSeconds: {{ $probes.periodSeconds }}
   timeoutSeconds: 5
-  failureThreshold: {{ divf .startupSeconds .periodSeconds | ceil | int }}
+  failureThreshold: {{ divf $probes.startupSeconds $probes.periodSeconds | ceil | int }}
 livenessProbe:
-  grpc:
-    port: 9000
-  periodSeconds: {{ .periodSeconds }}
+  {{- include "baton.worker.ask" (dict "context" . "service" "") | nindent 2 }}
+  periodSeconds: {{ $probes.periodSeconds }}
   timeoutSeconds: 5
-  failureThreshold: {{ .livenessFailures }}
+  failureThreshold: {{ $probes.livenessFailures }}
 readinessProbe:
-  grpc:
-    port: 9000
-    service: ready
-  periodSeconds: {{ .periodSeconds }}
+  {{- $ready | nindent 2 }}
+  periodSeconds: {{ $probes.periodSeconds }}
   timeoutSeconds: 5
-  failureThreshold: {{ .readinessFailures }}
+  failureThreshold: {{ $probes.readinessFailures }}
+{{- end -}}
+
+{{/* A kubelet's own gRPC probe knows no TLS; with it the container asks itself. */}}
+{{- define "baton.worker.ask" -}}
+{{- if include "baton.tlsSecret" .context -}}
+exec:
+  command: [python, -m, baton.services.healthcheck, grpc{{ with .service }}, {{ . }}{{ end }}]
+{{- else -}}
+grpc:
+  port: 9000
+  {{- with .service }}
+  service: {{ . }}
+  {{- end }}
+{{- end -}}
 {{- end -}}
 
 {{- define "baton.worker.resources" -}}
@@ -196,7 +209,9 @@ spec:
     - name: grpc
       port: 9000
       targetPort: grpc
+      {{- if not .root.Values.tls.workerSecret }}
       appProtocol: kubernetes.io/h2c
+      {{- end }}
     - name: kv
       port: 9001
       targetPort: kv
