@@ -21,7 +21,9 @@ import structlog
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2, decode_pb2_grpc
 from baton.services.runtime import grpc as runtime_grpc
-from baton.services.worker.session import Session, serve_stream
+from baton.services.runtime.main import loop_factory
+from baton.services.runtime.token_columns import TokenRow
+from baton.services.worker.session import PlainTokens, Session, serve_stream
 
 MAX_MODEL_LEN = 4096
 # Of the bundled model's vocabulary: an ordinary piece of text.
@@ -59,19 +61,10 @@ class TokenSource:
                 self._step()
 
     def _step(self) -> None:
-        by_session: dict[int, tuple[Session, list[pb.RequestOutput]]] = {}
+        by_session: dict[int, tuple[Session, list[pb.RequestOutput | PlainTokens]]] = {}
         for request_id, (session, spec, index) in list(self._running.items()):
             is_last = index + 1 >= spec.sampling.max_tokens
-            output = pb.RequestOutput(
-                request_id=request_id,
-                attempt=spec.attempt,
-                first_index=index,
-                tokens=[pb.Token(token_id=TOKEN_ID)],
-                finish_reason=pb.FINISH_REASON_LENGTH if is_last else pb.FINISH_REASON_UNSPECIFIED,
-            )
-            if index == 0:
-                output.prefill.SetInParent()
-            by_session.setdefault(id(session), (session, []))[1].append(output)
+            by_session.setdefault(id(session), (session, []))[1].append(_output(spec, index, is_last=is_last))
             self._said.setdefault(request_id, []).append(time.perf_counter())
             if is_last:
                 del self._running[request_id]
@@ -113,6 +106,22 @@ class TokenSource:
         )
 
 
+def _output(spec: pb.GenerationSpec, index: int, *, is_last: bool) -> pb.RequestOutput | PlainTokens:
+    """As a worker says it: in columns, but for what begins and ends a generation."""
+    if spec.handle and index and not is_last:
+        return PlainTokens(spec.request_id, spec.attempt, TokenRow(spec.handle, index, [TOKEN_ID]))
+    output = pb.RequestOutput(
+        request_id=spec.request_id,
+        attempt=spec.attempt,
+        first_index=index,
+        tokens=[pb.Token(token_id=TOKEN_ID)],
+        finish_reason=pb.FINISH_REASON_LENGTH if is_last else pb.FINISH_REASON_UNSPECIFIED,
+    )
+    if index == 0:
+        output.prefill.SetInParent()
+    return output
+
+
 class _Servicer(decode_pb2_grpc.DecodeServiceServicer):
     def __init__(self, source: TokenSource) -> None:
         self._source = source
@@ -147,4 +156,5 @@ async def serve(every_s: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(float(sys.argv[1])))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(serve(float(sys.argv[1])))

@@ -24,7 +24,7 @@ from baton.services.core.scheduler.decode import DecodeScheduler
 from baton.services.runtime.failpoints import reach_async
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.requests import ActiveRequest, scheduler_id
-from baton.services.worker.session import Session
+from baton.services.worker.session import PlainTokens, Session
 from baton.services.worker.transfer_errors import to_baton_error
 from baton.services.worker.worker import Worker
 
@@ -185,7 +185,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
         if expected is not None and expected.granted is not None and not expected.granted.done():
             expected.granted.set_result(reservation)
 
-    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
+    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | PlainTokens | None:
         if not update.new_tokens and not update.finished:
             return None
         if update.finished:

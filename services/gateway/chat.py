@@ -104,7 +104,7 @@ class ChatAnswer(Answer):
                 elif piece.parts is not None:
                     chunk += b"".join(map(event, self._part_chunks(piece, is_plain=is_plain)))
                 elif not is_plain or piece.finish_reason is not None:
-                    if piece.tokens or piece.finish_reason is not None:
+                    if piece.num_tokens or piece.finish_reason is not None:
                         chunk += event(self._piece_chunk(piece, {"content": piece.text} if piece.text else {}))
                 elif piece.text:
                     chunk += texts[piece.choice_index].render_each(piece.texts)
@@ -121,14 +121,14 @@ class ChatAnswer(Answer):
     def _part_chunks(self, piece: ChoicePiece, *, is_plain: bool) -> list[dict[str, Any]]:
         """A chunk for each part; the last one has what belongs to the piece."""
         deltas = [delta_of(part) for part in piece.parts or ()]
-        if piece.finish_reason is None and (is_plain or not piece.tokens):
+        if piece.finish_reason is None and (is_plain or not piece.num_tokens):
             return [self._chunk(piece.choice_index, delta, None) for delta in deltas]
         earlier, last = deltas[:-1], deltas[-1] if deltas else {}
         chunks = [self._chunk(piece.choice_index, delta, None) for delta in earlier]
         return [*chunks, self._piece_chunk(piece, last)]
 
     def _piece_chunk(self, piece: ChoicePiece, delta: dict[str, Any]) -> dict[str, Any]:
-        chunk = self._chunk(piece.choice_index, delta, piece.finish_reason, len(piece.tokens))
+        chunk = self._chunk(piece.choice_index, delta, piece.finish_reason, piece.num_tokens)
         choice = chunk["choices"][0]
         choice["logprobs"] = self._logprobs(piece.tokens)
         if piece.finish_reason is not None:

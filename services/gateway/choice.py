@@ -25,7 +25,8 @@ class ChoicePiece(NamedTuple):
 
     choice_index: int
     text: str
-    tokens: tuple[OutputToken, ...]
+    num_tokens: int
+    tokens: tuple[OutputToken, ...]  # those; none where nobody asked for more than their text
     is_first: bool = False
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
@@ -39,7 +40,7 @@ class ChoiceAssembler:
     """Feed it the deltas of one generation, in order. Pure: no clock, no I/O.
 
     ``hidden_end_ids``: end-of-sequence tokens, whose text is not shown where they end the choice, even if the vocabulary
-    does not mark them as special.
+    does not mark them as special. ``shows_tokens``: pieces have tokens, not their text alone.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class ChoiceAssembler:
         include_stop: bool = False,
         min_tokens: int = 0,
         hidden_end_ids: frozenset[int] = frozenset(),
+        shows_tokens: bool = True,
     ) -> None:
         self._index = index
+        self._shows_tokens = shows_tokens
         self._detokenizer = detokenizer
         self._stop = StopChecker(stop, include_stop) if stop else None
         self._min_tokens = min_tokens
@@ -97,7 +100,8 @@ class ChoiceAssembler:
         return ChoicePiece(
             self._index,
             "".join(texts),
-            tuple(tokens),
+            len(tokens),
+            tuple(tokens) if self._shows_tokens else (),
             is_first,
             finish_reason if matched is None else FinishReason.STOP.value,
             delta.stop_token_id if matched is None else matched,
@@ -108,8 +112,13 @@ class ChoiceAssembler:
 
     def _feed_plain(self, tokens: tuple[SampledToken, ...]) -> ChoicePiece:
         """``feed`` for nearly all deltas: tokens in the middle of a generation without stop strings."""
-        detokenizer, num_chars = self._detokenizer, self._num_chars
-        texts: list[str] = []
+        self.num_tokens += len(tokens)
+        detokenizer = self._detokenizer
+        if not self._shows_tokens:
+            texts = detokenizer.push_each([token.token_id for token in tokens])
+            return ChoicePiece(self._index, "".join(texts), len(tokens), (), texts=tuple(texts))
+        num_chars = self._num_chars
+        texts = []
         outputs: list[OutputToken] = []
         for token in tokens:
             text = detokenizer.push(token.token_id)
@@ -117,8 +126,7 @@ class ChoiceAssembler:
             texts.append(text)
             num_chars += len(text)
         self._num_chars = num_chars
-        self.num_tokens += len(tokens)
-        return ChoicePiece(self._index, "".join(texts), tuple(outputs), texts=tuple(texts))
+        return ChoicePiece(self._index, "".join(texts), len(tokens), tuple(outputs), texts=tuple(texts))
 
     def _emit(self, text: str, texts: list[str]) -> str | None:
         """Adds what of ``text`` may be shown now; returns the stop string that it completed."""

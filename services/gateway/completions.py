@@ -95,7 +95,7 @@ class CompletionAnswer(Answer):
                 if piece.is_first:
                     prompt_chars[piece.choice_index] = len(piece.prompt_text)
                 if not is_plain or piece.finish_reason is not None:
-                    if piece.tokens or piece.is_first or piece.finish_reason is not None:
+                    if piece.num_tokens or piece.is_first or piece.finish_reason is not None:
                         yield event(self._piece_chunk(piece, prompt_chars[piece.choice_index]))
                 elif piece.prompt_text:
                     yield texts[piece.choice_index].render(piece.prompt_text + piece.text)
@@ -105,7 +105,7 @@ class CompletionAnswer(Answer):
             yield event(self.envelope(self.object_name) | {"choices": [], "usage": self.usage()})
 
     def _piece_chunk(self, piece: ChoicePiece, prompt_chars: int) -> dict[str, Any]:
-        chunk = self._chunk(piece.choice_index, piece.prompt_text + piece.text, piece.finish_reason, len(piece.tokens))
+        chunk = self._chunk(piece.choice_index, piece.prompt_text + piece.text, piece.finish_reason, piece.num_tokens)
         choice = chunk["choices"][0]
         if piece.is_first:
             logprobs = self._logprobs(piece.choice_index, piece.tokens, piece.prompt_text, piece.prompt_logprobs)

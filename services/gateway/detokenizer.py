@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from baton.services.gateway.token_pieces import Leading, TokenPieces
 
@@ -29,6 +29,10 @@ class Detokenizer(Protocol):
 
     def push(self, token_id: int) -> str:
         """Takes one token; returns the text that is now complete, often one token's, sometimes none."""
+        ...
+
+    def push_each(self, token_ids: Sequence[int]) -> list[str]:
+        """``push`` of one after another. What ``last_piece`` holds then is not said."""
         ...
 
     def flush(self) -> str:
@@ -73,7 +77,9 @@ class PieceDetokenizer:
         self._piece = pieces.piece
         self._hidden = pieces.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._leading = pieces.leading
+        self._whole_texts = pieces.whole_texts
         self._at_start = True
+        self._is_between_characters = False  # nothing that came before has a say in a token's text
         self._utf8 = _new_utf8_decoder("replace")
         self.last_piece = b""
         self.prompt_text = ""
@@ -99,6 +105,7 @@ class PieceDetokenizer:
         self._is_prompt_cut = bool(self._utf8.getstate()[0])
 
     def push(self, token_id: int) -> str:
+        self._is_between_characters = False
         if token_id in self._hidden:
             self.last_piece = b""
             return ""
@@ -115,6 +122,15 @@ class PieceDetokenizer:
                 self._utf8.reset()  # the output does not complete the prompt's character, so nothing of it is shown
         self.last_piece = piece
         return self._utf8.decode(piece)
+
+    def push_each(self, token_ids: Sequence[int]) -> list[str]:
+        if self._is_between_characters:
+            texts = [self._whole_texts.get(token_id) for token_id in token_ids]
+            if None not in texts:  # then all of them are ordinary, and what they leave behind is nothing
+                return cast(list[str], texts)
+        pushed = [self.push(token_id) for token_id in token_ids]
+        self._is_between_characters = not (self._at_start or self._is_prompt_cut or self._utf8.getstate()[0])
+        return pushed
 
     def flush(self) -> str:
         if self._is_prompt_cut:
@@ -160,6 +176,9 @@ class WindowDetokenizer:
         delta = "" if is_incomplete else self._take(text)
         self.last_piece = delta.encode()
         return delta
+
+    def push_each(self, token_ids: Sequence[int]) -> list[str]:
+        return [self.push(token_id) for token_id in token_ids]
 
     def _take(self, text: str) -> str:
         delta = text[len(self._shown) :]

@@ -15,7 +15,7 @@ from baton.api.prefill.v1 import prefill_pb2
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.fetch import FETCH_FAILED, FetchPlan, FetchPolicy
 from baton.services.core.ladder import Ladder
-from baton.services.core.ladder_steps import Attempt, Command, Emit, End, LadderLimits, Release, Start, Wish
+from baton.services.core.ladder_steps import Attempt, Command, Emit, End, LadderLimits, PartOutput, Release, Start, Wish
 from baton.services.core.lifecycle import Instant
 from baton.services.core.links import OTHER_TRANSPORT, LinkMatrix, PairKey, blames_link
 from baton.services.core.prefix_index import PrefixIndex
@@ -25,7 +25,7 @@ from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.layouts import block_bytes
 from baton.services.gateway.mailbox import Mailbox
-from baton.services.gateway.outputs import part_output, take_plain
+from baton.services.gateway.outputs import part_output, plain_delta
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.gateway.worker_link import Arrival, WorkerLink
@@ -169,8 +169,11 @@ class WorkerDispatcher:
 
     def _on_arrival(self, run: _Run, arrival: Arrival) -> list[TokenDelta]:
         ladder, incarnation = run.ladder, arrival.link.incarnation
-        if (delta := take_plain(run.ladder, arrival, run.arrivals)) is not None:
-            run.record.completion_tokens += len(delta.tokens)
+        if (row := arrival.tokens) is not None:
+            delta = plain_delta(row)
+            if not ladder.take_next(arrival.attempt, incarnation, row.first_index, row.token_ids):
+                return self._do(run, ladder.on_output(arrival.attempt, incarnation, PartOutput(delta), self._clock()))
+            run.record.completion_tokens += len(row.token_ids)
             told = run.told_cached_tokens == run.record.cached_tokens
             return [delta if told else self._with_cached_tokens(run, delta)]
         now_s = self._clock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -57,7 +58,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             with inside(self._deps, tenant):
                 check_request_id(receipt_id)
                 slo = parse_slo(_metadata(context), None)
-                options = request_options(request, self._deps)
+                options = replace(request_options(request, self._deps), return_token_ids=True)
                 session_id = header_session_id(_metadata(context))
                 caller = Caller(receipt_id, tenant, received_s, slo, self._timeout_s(context), session_id)
                 generation = await prepare(self._deps, options, caller)

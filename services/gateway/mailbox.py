@@ -8,10 +8,6 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Readers that are woken in one turn of the loop. Behind them the loop looks for what else has come: a gateway that has too
-# much to do finds several tokens of a stream at once then, and sends them with one write.
-_AT_ONCE = 4
-
 
 class Mailbox(Generic[T]):
     """A queue for one reader. What is put into it can be left unannounced until ``wake``."""
@@ -37,9 +33,9 @@ class Mailbox(Generic[T]):
         if reader is not None and self._items and not reader.done():
             reader.set_result(None)
 
-    def peek(self) -> T | None:
-        """What ``get_nowait`` would return; None where there is nothing."""
-        return self._items[0] if self._items else None
+    def newest(self) -> T | None:
+        """What was put in last, if it is still there."""
+        return self._items[-1] if self._items else None
 
     def get_nowait(self) -> T:
         """Raises IndexError where there is nothing."""
@@ -57,7 +53,11 @@ class Mailbox(Generic[T]):
 
 
 class Bell:
-    """Wakes readers a few at a time, in the order in which something was left for them."""
+    """Wakes readers one in a turn of the loop, in the order in which something was left for them.
+
+    Between two of them the loop looks for what else has come. A turn costs little, and a write to a client much: a gateway
+    that has too much to do finds many tokens of a stream at once that way, and sends them with one write.
+    """
 
     def __init__(self) -> None:
         self._sleepers: deque[Mailbox[object]] = deque()
@@ -73,7 +73,7 @@ class Bell:
             self._ring()
 
     def _ring(self) -> None:
-        for _ in range(min(len(self._sleepers), _AT_ONCE)):
+        if self._sleepers:
             self._sleepers.popleft().wake()
         self._is_ringing = bool(self._sleepers)
         if self._is_ringing:

@@ -73,6 +73,11 @@ class GenerationOptions:
     continuous_usage: bool = False
 
     @property
+    def shows_tokens(self) -> bool:
+        """Tokens are told of one by one, or have to be told apart: those of thoughts are counted."""
+        return self.return_token_ids or self.sampling.num_logprobs is not None or self.reading.markers is not None
+
+    @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
 

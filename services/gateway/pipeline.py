@@ -96,7 +96,7 @@ class Generation:
             async for delta in deltas:
                 kept = _without_tokens(delta) if choice.drops_output else delta
                 piece = self._complete(choice, assembler.feed(kept))
-                self._used(len(piece.tokens))
+                self._used(piece.num_tokens)
                 is_cut = piece.finish_reason is not None and delta.finish_reason is None
                 if reader is not None:
                     piece = self._read(reader, choice, piece)
@@ -155,6 +155,7 @@ class Generation:
             include_stop=options.include_stop,
             min_tokens=sampling.min_tokens,
             hidden_end_ids=sampling.eos_token_ids if hides_ends else frozenset(),
+            shows_tokens=options.shows_tokens,
         )
 
 

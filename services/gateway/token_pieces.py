@@ -66,6 +66,8 @@ class TokenPieces:
         self._backend = backend
         self._rule = _rule_of(backend)
         self._cache: dict[int, bytes] = {}
+        # Of ordinary tokens that were seen: the text, where the piece is whole characters. No special token is among them.
+        self.whole_texts: dict[int, str] = {}
         self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -89,6 +91,8 @@ class TokenPieces:
             else:
                 piece = token.encode() if self._rule is None else self._rule.to_piece(token)
             self._cache[token_id] = piece
+            if token_id not in self.special_ids and (text := _whole_text(piece)) is not None:
+                self.whole_texts[token_id] = text
         return piece
 
     def name(self, token_id: int) -> str:
@@ -97,6 +101,13 @@ class TokenPieces:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+def _whole_text(piece: bytes) -> str | None:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _rule_of(backend: Any) -> _Rule | None:

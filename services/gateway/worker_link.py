@@ -17,25 +17,34 @@ from baton.api.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role
 from baton.services.gateway.mailbox import Bell, Mailbox
+from baton.services.gateway.outputs import plain_token_ids
 from baton.services.runtime.grpc import CONTROL_TIMEOUT_S, create_channel
 from baton.services.runtime.silence import HEARTBEAT_METADATA, HEARTBEAT_S, Silence
+from baton.services.runtime.token_columns import TokenRow, rows_of
 
 log = structlog.get_logger(__name__)
 
 Key: TypeAlias = tuple[str, int]  # request id, attempt
 
+# Tokens of one generation that are passed on together, where so many wait.
+_MOST_AT_ONCE = 64
+_MAX_HANDLE = 2**32 - 1
+
 
 class Arrival(NamedTuple):
-    """What a worker said about one request: an output, or the failure that ended its part."""
+    """What a worker said about one request: plain tokens, any other output, or the failure that ended its part."""
 
     link: WorkerLink
     attempt: int
     output: pb.RequestOutput | None = None
     failure: BatonError | None = None
+    tokens: TokenRow | None = None  # the next ones are added to it for as long as nobody has taken it
 
 
 @dataclass(slots=True)
 class _Open:
+    key: Key
+    handle: int  # its name in columns
     arrivals: Mailbox[Arrival | None]
     num_tokens: int  # of its prompt, to be computed there
     tpot_target_s: float | None = None
@@ -60,6 +69,8 @@ class WorkerLink:
     _silence: Silence | None = None
     _told: str = ""  # why there was no link
     _open: dict[Key, _Open] = field(default_factory=dict)
+    _by_handle: dict[int, _Open] = field(default_factory=dict)
+    _last_handle: int = 0
     num_inflight_tokens: int = 0
     """Prompt tokens of this gateway's requests that are to be computed there, those that the last report knows of included."""
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -127,7 +138,11 @@ class WorkerLink:
     async def _read(self, call: Any, silence: Silence) -> None:
         async for response in call:
             silence.heard()
-            for output in response.step.outputs:
+            step = response.step
+            if step.HasField("tokens"):
+                for row in rows_of(step.tokens):
+                    self._deliver_row(row)
+            for output in step.outputs:
                 self._deliver(output)
             self._bell.ring()
 
@@ -150,11 +165,13 @@ class WorkerLink:
         spec = request.spec
         key = (spec.request_id, spec.attempt)
         is_handed_over = isinstance(request, decode_pb2.Start) and request.HasField("prefill")
-        self._open[key] = opened = _Open(arrivals, 0 if is_handed_over else len(spec.token_ids), tpot_target_s)
+        num_tokens = 0 if is_handed_over else len(spec.token_ids)
+        opened = _Open(key, self._new_handle(), arrivals, num_tokens, tpot_target_s)
         if not self.is_connected:
-            del self._open[key]
-            self._tell_lost(opened, key, "not connected")
+            self._tell_lost(opened, "not connected")
         else:
+            self._open[key] = self._by_handle[opened.handle] = opened
+            spec.handle = opened.handle
             self.num_inflight_tokens += opened.num_tokens
             self.on_load()
             self._commands.put_nowait(self._messages.OpenRequest(start=request))
@@ -172,9 +189,17 @@ class WorkerLink:
         opened = self._open.pop(key, None)
         if opened is None:
             return False
+        del self._by_handle[opened.handle]
         self.num_inflight_tokens -= opened.num_tokens
         self.on_load()
         return True
+
+    def _new_handle(self) -> int:
+        """One that no open request has. They are counted round: the last one who had it is long over."""
+        while True:
+            self._last_handle = self._last_handle % _MAX_HANDLE + 1
+            if self._last_handle not in self._by_handle:
+                return self._last_handle
 
     @property
     def _messages(self) -> Any:
@@ -202,15 +227,44 @@ class WorkerLink:
 
     def _deliver(self, output: pb.RequestOutput) -> None:
         request = self._open.get((output.request_id, output.attempt))
-        if request is not None:
-            if request.num_tokens and output.tokens:  # the prompt is computed
-                self.num_inflight_tokens -= request.num_tokens
-                request.num_tokens = 0
-                self.on_load()
+        if request is None:
+            self.on_fenced()
+            return
+        if output.tokens:
+            self._begin_tokens(request)
+        token_ids = plain_token_ids(output)
+        if token_ids is not None:
+            self._leave_tokens(request, TokenRow(request.handle, output.first_index, token_ids))
+        else:
             request.arrivals.leave(Arrival(self, output.attempt, output))
             self._bell.add(request.arrivals)
-        else:
+
+    def _deliver_row(self, row: TokenRow) -> None:
+        request = self._by_handle.get(row.handle)
+        if request is None:
             self.on_fenced()
+            return
+        self._begin_tokens(request)
+        self._leave_tokens(request, row)
+
+    def _begin_tokens(self, request: _Open) -> None:
+        """There are tokens: the prompt is computed."""
+        if request.num_tokens:
+            self.num_inflight_tokens -= request.num_tokens
+            request.num_tokens = 0
+            self.on_load()
+
+    def _leave_tokens(self, request: _Open, row: TokenRow) -> None:
+        """Behind the tokens that wait, if those are the ones before: a reader that is late takes all of them at once."""
+        newest = request.arrivals.newest()
+        if newest is not None and newest.tokens is not None and newest.link is self:
+            waiting = newest.tokens
+            follows = waiting.handle == row.handle and waiting.first_index + len(waiting.token_ids) == row.first_index
+            if follows and len(waiting.token_ids) + len(row.token_ids) <= _MOST_AT_ONCE:
+                waiting.token_ids.extend(row.token_ids)
+                return
+        request.arrivals.leave(Arrival(self, request.key[1], tokens=row))
+        self._bell.add(request.arrivals)
 
     def _fail_all(self, reason: str) -> None:
         for key in list(self._open):
@@ -221,12 +275,12 @@ class WorkerLink:
     def _fail(self, key: Key, reason: str) -> None:
         opened = self._open[key]
         self._close(key)
-        self._tell_lost(opened, key, reason)
+        self._tell_lost(opened, reason)
 
-    def _tell_lost(self, opened: _Open, key: Key, reason: str) -> None:
+    def _tell_lost(self, opened: _Open, reason: str) -> None:
         message = f"worker {self.worker_id} was lost ({reason})"
         failure = BatonError(ErrorCode.WORKER_LOST, message, retryable=True)
-        opened.arrivals.put_nowait(Arrival(self, key[1], failure=failure))
+        opened.arrivals.put_nowait(Arrival(self, opened.key[1], failure=failure))
 
 
 async def _first_failure(tasks: list[asyncio.Task[None]]) -> str:
@@ -237,7 +291,7 @@ async def _first_failure(tasks: list[asyncio.Task[None]]) -> str:
     """
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     errors = [error for task in done if (error := task.exception()) is not None]
-    unforeseen = [error for error in errors if not isinstance(error, (grpc.aio.AioRpcError, TimeoutError))]
+    unforeseen = [error for error in errors if not isinstance(error, (grpc.aio.AioRpcError, TimeoutError, BatonError))]
     if unforeseen:
         raise unforeseen[0]
     return _why(errors[0]) if errors else ""

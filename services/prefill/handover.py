@@ -21,7 +21,7 @@ from baton.services.core.scheduler.finish import ends_with_next_token
 from baton.services.core.scheduler.prefill import PrefillScheduler
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.requests import ActiveRequest
-from baton.services.worker.session import Session
+from baton.services.worker.session import PlainTokens, Session
 from baton.services.worker.transfer_errors import to_baton_error
 from baton.services.worker.worker import Worker
 
@@ -90,7 +90,7 @@ class PrefillWorker(Worker[PrefillScheduler]):
             self.steps.post(lambda scheduler: scheduler.abort(active.id))
             self.fail(active, error)
 
-    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
+    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | PlainTokens | None:
         handoff = self._destinations[active.id].handoff
         if handoff is not None and update.completed_blocks:
             handoff.blocks_ready(dict(zip(update.completed_blocks, update.completed_block_ids, strict=True)))

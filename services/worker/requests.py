@@ -9,7 +9,8 @@ from baton.services.core.errors import BatonError
 from baton.services.core.request import Request
 from baton.services.core.scheduler.base import RequestUpdate
 from baton.services.runtime import convert
-from baton.services.worker.session import Session
+from baton.services.runtime.token_columns import TokenRow
+from baton.services.worker.session import PlainTokens, Session
 
 
 def scheduler_id(request_id: str, attempt: int) -> str:
@@ -31,13 +32,17 @@ class ActiveRequest:
     request_id: str
     attempt: int
     request: Request
+    handle: int = 0  # by which its gateway knows it in columns; 0: it does not know columns
 
     @property
     def id(self) -> str:
         return self.request.request_id
 
-    def output(self, update: RequestUpdate) -> pb.RequestOutput:
+    def output(self, update: RequestUpdate) -> pb.RequestOutput | PlainTokens:
         """What ``update`` means to the gateway."""
+        if self.handle and _is_plain(update):
+            token_ids = [token.token_id for token in update.new_tokens]
+            return PlainTokens(self.request_id, self.attempt, TokenRow(self.handle, update.first_index, token_ids))
         output = pb.RequestOutput(
             request_id=self.request_id,
             attempt=self.attempt,
@@ -59,6 +64,13 @@ class ActiveRequest:
 
     def failure(self, error: BatonError) -> pb.RequestOutput:
         return failure_output(self.request_id, self.attempt, error)
+
+
+def _is_plain(update: RequestUpdate) -> bool:
+    """New tokens are all there is to say: so it is with nearly all updates of a decode worker."""
+    if update.finished or update.prefill is not None or update.prompt_logprobs is not None:
+        return False
+    return bool(update.new_tokens) and all(token.logprobs is None for token in update.new_tokens)
 
 
 def failure_output(request_id: str, attempt: int, error: BatonError) -> pb.RequestOutput:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 import structlog
@@ -13,8 +13,17 @@ from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.runtime.grpc import CONTROL_TIMEOUT_S
 from baton.services.runtime.silence import HEARTBEAT_METADATA, HEARTBEAT_S, Silence
+from baton.services.runtime.token_columns import TokenRow, columns_of
 
 log = structlog.get_logger(__name__)
+
+
+class PlainTokens(NamedTuple):
+    """A step's new tokens of one request, of which nothing else is to be said."""
+
+    request_id: str
+    attempt: int
+    row: TokenRow
 
 
 class Session:
@@ -22,9 +31,9 @@ class Session:
 
     def __init__(self, gateway: pb.WorkerIdentity) -> None:
         self.gateway = gateway
-        self._outbox: asyncio.Queue[list[pb.RequestOutput]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Sequence[pb.RequestOutput | PlainTokens]] = asyncio.Queue()
 
-    def send(self, outputs: list[pb.RequestOutput]) -> None:
+    def send(self, outputs: Sequence[pb.RequestOutput | PlainTokens]) -> None:
         """The outputs of one step. They leave as one message, together with what an earlier step left behind."""
         self._outbox.put_nowait(outputs)
 
@@ -34,25 +43,42 @@ class Session:
         return self._outbox.empty()
 
     async def next_step(self) -> pb.StepOutputs:
-        """Waits for the next message to send."""
-        outputs = await self._outbox.get()
+        """Waits for the next message to send. Several steps are one: a slow reader costs it fewer messages, not more."""
+        message = _Message()
+        message.add(await self._outbox.get())
         while not self._outbox.empty():
-            outputs = _joined(outputs, self._outbox.get_nowait())
-        return pb.StepOutputs(outputs=outputs)
+            message.add(self._outbox.get_nowait())
+        return pb.StepOutputs(outputs=message.outputs.values(), tokens=columns_of(message.rows.values()))
 
 
-def _joined(earlier: list[pb.RequestOutput], later: list[pb.RequestOutput]) -> list[pb.RequestOutput]:
-    """Several steps in one message: a slow reader costs it fewer messages, not more."""
-    by_request = {(output.request_id, output.attempt): output for output in earlier}
-    for output in later:
-        first = by_request.get((output.request_id, output.attempt))
-        if first is None:
-            by_request[output.request_id, output.attempt] = output
-        else:
-            first_index = first.first_index if first.tokens else output.first_index
-            first.MergeFrom(output)  # appends tokens, takes over what only the later one says
-            first.first_index = first_index
-    return list(by_request.values())
+class _Message:
+    """Steps, joined: of a request there is one output, and a row of the tokens that come before it."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[tuple[str, int], pb.RequestOutput] = {}
+        self.rows: dict[int, TokenRow] = {}
+
+    def add(self, said: Sequence[pb.RequestOutput | PlainTokens]) -> None:
+        for one in said:
+            if isinstance(one, PlainTokens):
+                self._add_tokens(one)
+                continue
+            first = self.outputs.setdefault((one.request_id, one.attempt), one)
+            if first is not one:
+                first_index = first.first_index if first.tokens else one.first_index
+                first.MergeFrom(one)  # appends tokens, takes over what only the later one says
+                first.first_index = first_index
+
+    def _add_tokens(self, plain: PlainTokens) -> None:
+        row = plain.row
+        first = self.outputs.get((plain.request_id, plain.attempt)) if self.outputs else None
+        if first is not None:
+            if not first.tokens:
+                first.first_index = row.first_index
+            for token_id in row.token_ids:
+                first.tokens.add(token_id=token_id)
+        elif (earlier := self.rows.setdefault(row.handle, row)) is not row:
+            earlier.token_ids.extend(row.token_ids)
 
 
 class StreamHost(Protocol):

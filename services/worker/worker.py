@@ -21,7 +21,7 @@ from baton.services.runtime.failpoints import reach
 from baton.services.worker.fetching import BlockFetcher
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.requests import ActiveRequest, failure_output, scheduler_id
-from baton.services.worker.session import Session
+from baton.services.worker.session import PlainTokens, Session
 from baton.services.worker.speed import Speed
 from baton.services.worker.step_loop import SchedulerT, StepEvents, StepLoop
 
@@ -114,7 +114,7 @@ class Worker(ABC, Generic[SchedulerT]):
         except BatonError as error:
             session.send([failure_output(spec.request_id, spec.attempt, error)])
             return None
-        active = ActiveRequest(session, spec.request_id, spec.attempt, request)
+        active = ActiveRequest(session, spec.request_id, spec.attempt, request, spec.handle)
         self._active[active.id] = active
         self._emptied.clear()
         num_tokens = len(spec.token_ids)
@@ -160,7 +160,7 @@ class Worker(ABC, Generic[SchedulerT]):
         """A reservation that had to wait has its blocks."""
 
     @abstractmethod
-    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | None:
+    def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | PlainTokens | None:
         """The request got further; returns what the gateway is told."""
 
     def fetch_and_enqueue(self, active: ActiveRequest, source: pb.FetchSource) -> None:
@@ -254,7 +254,7 @@ class Worker(ABC, Generic[SchedulerT]):
                 self._on_started(active)
         for reservation in events.granted:
             self._on_granted(reservation)
-        outputs: dict[Session, list[pb.RequestOutput]] = {}
+        outputs: dict[Session, list[pb.RequestOutput | PlainTokens]] = {}
         for update in events.updates:
             active = self._active.get(update.request.request_id)
             if active is None:

@@ -15,7 +15,8 @@ from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.router import Role
 from baton.services.runtime import convert
 from baton.services.runtime import grpc as runtime_grpc
-from baton.services.worker.session import Session, serve_stream
+from baton.services.runtime.token_columns import TokenRow
+from baton.services.worker.session import PlainTokens, Session, serve_stream
 
 Behaviour = Callable[["ScriptedWorker", pb.GenerationSpec], None]
 
@@ -32,6 +33,7 @@ class ScriptedWorker:
         self.role = role
         self.on_start = on_start
         self.address = ""
+        self.knows_columns = True  # False: it is of the release before them
         self.sessions: list[Session] = []
         self.starts: list[Any] = []
         self.cancels: list[tuple[str, int]] = []
@@ -62,7 +64,12 @@ class ScriptedWorker:
         )
 
     def say(self, spec: pb.GenerationSpec, first_index: int, *token_ids: int, **fields: Any) -> None:
-        """One output, to whoever is connected."""
+        """One output, to whoever is connected. Tokens alone go in columns, as a worker's do."""
+        if spec.handle and token_ids and not fields and self.knows_columns:
+            row = TokenRow(spec.handle, first_index, list(token_ids))
+            for session in self.sessions:
+                session.send([PlainTokens(spec.request_id, spec.attempt, row)])
+            return
         tokens = [pb.Token(token_id=token_id) for token_id in token_ids]
         output = pb.RequestOutput(
             request_id=spec.request_id, attempt=spec.attempt, first_index=first_index, tokens=tokens, **fields

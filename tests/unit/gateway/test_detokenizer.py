@@ -64,6 +64,25 @@ def test_any_token_ids_come_out_as_the_tokenizer_decodes_them(kind: str, skip: b
     assert "".join(stream(kind, ids, skip=skip)) == backend(kind).decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("kind", [*PIECE_KINDS, "whole_words"])
+@given(data=st.data())
+@quick
+def test_tokens_pushed_together_read_as_they_do_one_by_one(kind: str, skip: bool, data: st.DataObject) -> None:
+    """Characters that are cut between tokens, special tokens, and pushes of one in between."""
+    word = st.sampled_from(encode(kind, AWKWARD) + encode(kind, "plain words and more"))
+    ids = st.lists(st.one_of(word, st.integers(0, backend(kind).get_vocab_size() - 1)), max_size=12)
+    prompt = data.draw(ids)
+    together = create_detokenizer(pieces(kind), prompt, skip_special_tokens=skip)
+    one_by_one = create_detokenizer(pieces(kind), prompt, skip_special_tokens=skip)
+    for batch in data.draw(st.lists(ids, max_size=6)):
+        if len(batch) == 1 and data.draw(st.booleans()):
+            assert together.push(batch[0]) == one_by_one.push(batch[0])
+        else:
+            assert together.push_each(batch) == [one_by_one.push(token_id) for token_id in batch]
+    assert together.flush() == one_by_one.flush()
+
+
 @given(data=st.data())
 @quick
 def test_byte_tokens_that_are_no_utf8_spoil_only_themselves(data: st.DataObject) -> None:

@@ -13,10 +13,10 @@ async def test_a_reader_gets_everything_in_order_and_waits_for_more() -> None:
     mailbox: Mailbox[int] = Mailbox()
     mailbox.put_nowait(1)
     mailbox.leave(2)
-    assert (mailbox.peek(), mailbox.peek()) == (1, 1), "looking takes nothing"
+    assert (mailbox.newest(), mailbox.newest()) == (2, 2), "looking takes nothing"
     assert [await mailbox.get(), await mailbox.get()] == [1, 2]
     assert mailbox.empty()
-    assert mailbox.peek() is None
+    assert mailbox.newest() is None
     reading = asyncio.ensure_future(mailbox.get())
     await asyncio.sleep(0)
     mailbox.leave(3)

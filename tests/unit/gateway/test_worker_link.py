@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from helpers.fault_proxy import Fault, fault_proxy
@@ -18,7 +20,9 @@ from baton.services.gateway import worker_link
 from baton.services.gateway.mailbox import Mailbox
 from baton.services.gateway.worker_link import Arrival, WorkerLink
 from baton.services.runtime.net import free_port
+from baton.services.worker import session
 
+PREFILL = pb.PrefillReport()
 GATEWAY = pb.WorkerIdentity(worker_id="gateway", incarnation="g")
 
 
@@ -26,6 +30,27 @@ def make_link(worker: ScriptedWorker, incarnation: str | None = None) -> WorkerL
     return WorkerLink(
         worker.identity.worker_id, incarnation or worker.incarnation, worker.role, worker.address, GATEWAY
     )
+
+
+@asynccontextmanager
+async def run_link() -> AsyncIterator[tuple[ScriptedWorker, WorkerLink]]:
+    """A connected link, and the worker at its other end."""
+    async with run_worker("d", Role.DECODE) as worker:
+        link = make_link(worker)
+        task = asyncio.create_task(link.run())
+        await eventually(lambda: link.is_connected)
+        try:
+            yield worker, link
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def tokens_of(arrival: Arrival | None) -> tuple[int, list[int]]:
+    """Of one that says tokens and nothing else."""
+    assert arrival is not None
+    assert arrival.tokens is not None
+    return arrival.tokens.first_index, arrival.tokens.token_ids
 
 
 def start(link: WorkerLink, request_id: str) -> Mailbox[Arrival | None]:
@@ -36,7 +61,7 @@ def start(link: WorkerLink, request_id: str) -> Mailbox[Arrival | None]:
 
 
 async def test_outputs_go_to_their_requests_until_they_are_released() -> None:
-    async with run_worker("d", Role.DECODE, lambda worker, spec: worker.say(spec, 0, 7)) as worker:
+    async with run_worker("d", Role.DECODE, lambda worker, spec: worker.say(spec, 0, 7, prefill=PREFILL)) as worker:
         link = make_link(worker)
         task = asyncio.create_task(link.run())
         await eventually(lambda: link.is_connected)
@@ -44,6 +69,7 @@ async def test_outputs_go_to_their_requests_until_they_are_released() -> None:
         assert (link.num_inflight, link.num_inflight_tokens) == (2, 6)
         for name, arrivals in (("a", first), ("b", second)):
             arrival = await arrivals.get()
+            assert arrival is not None
             assert arrival.output is not None
             assert (arrival.output.request_id, arrival.attempt) == (name, 1)
         link.release(("a", 1), cancel=True)
@@ -51,11 +77,97 @@ async def test_outputs_go_to_their_requests_until_they_are_released() -> None:
         await eventually(lambda: worker.cancels == [("a", 1)])
         worker.say(worker.starts[0].spec, 1, 8)
         worker.say(worker.starts[1].spec, 1, 9)
-        assert (await second.get()).output is not None
+        assert tokens_of(await second.get()) == (1, [9])
         assert first.empty()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert (await second.get()).failure is not None  # whoever still waits must hear of it
+
+
+@pytest.mark.parametrize("knows_columns", [True, False])
+async def test_tokens_that_wait_are_added_to_those_before_them(knows_columns: bool) -> None:
+    """In columns or, from a worker of the release before, one output each."""
+    async with run_link() as (worker, link):
+        worker.knows_columns = knows_columns
+        first, second = start(link, "a"), start(link, "b")
+        await eventually(lambda: len(worker.starts) == 2)
+        a, b = (command.spec for command in worker.starts)
+        assert 0 != a.handle != b.handle != 0
+        for index in range(60):
+            worker.say(a, index, index)
+        await eventually(lambda: not first.empty())
+        for index in range(60, 70):
+            worker.say(a, index, index)
+        for first_index, token_ids, newest in (
+            (1, (7, 8), (1, [7, 8])),
+            (3, (9,), (1, [7, 8, 9])),
+            (5, (10,), (5, [10])),
+        ):
+            worker.say(b, first_index, *token_ids)
+            await eventually(lambda newest=newest: not second.empty() and tokens_of(second.newest()) == newest)
+        worker.say(b, 6, 11, transfer=pb.TransferReport())
+        assert [tokens_of(await first.get()) for _ in range(2)] == [(0, list(range(60))), (60, list(range(60, 70)))], (
+            "up to 64"
+        )
+        assert [tokens_of(await second.get()) for _ in range(2)] == [(1, [7, 8, 9]), (5, [10])]
+        last = await second.get()
+        assert last is not None
+        assert last.output is not None
+        assert first.empty()
+        assert link.num_inflight_tokens == 0, "both prompts are computed"
+
+
+async def test_what_has_been_taken_is_not_added_to() -> None:
+    async with run_link() as (worker, link):
+        arrivals = start(link, "a")
+        await eventually(lambda: bool(worker.starts))
+        worker.say(worker.starts[0].spec, 0, 7)
+        reading = asyncio.ensure_future(arrivals.get())
+        taken = await reading
+        worker.say(worker.starts[0].spec, 1, 8)
+        assert tokens_of(await arrivals.get()) == (1, [8])
+        assert tokens_of(taken) == (0, [7])
+
+
+async def test_columns_of_a_request_that_was_released_are_counted_and_dropped() -> None:
+    fenced: list[int] = []
+    async with run_link() as (worker, link):
+        link.on_fenced = lambda: fenced.append(1)
+        over, going_on = start(link, "a"), start(link, "b")
+        await eventually(lambda: len(worker.starts) == 2)
+        link.release(("a", 1), cancel=False)
+        for command in worker.starts:
+            worker.say(command.spec, 0, 7)
+        assert tokens_of(await going_on.get()) == (0, [7])
+        assert (over.empty(), fenced) == (True, [1])
+
+
+async def test_a_worker_whose_columns_contradict_themselves_is_as_good_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    bent = pb.TokenColumns(handles=[1, 2], first_indices=[0, 0], token_ids=[7])
+    monkeypatch.setattr(session, "columns_of", lambda rows: bent)
+    async with run_worker("d", Role.DECODE) as worker:
+        link = make_link(worker)
+        task = asyncio.create_task(link.run())
+        await eventually(lambda: link.is_connected)
+        arrivals = start(link, "a")
+        await eventually(lambda: bool(worker.starts))
+        worker.say(worker.starts[0].spec, 0, 7)
+        assert await task
+        arrival = await arrivals.get()
+        assert arrival is not None
+        assert arrival.failure is not None
+        assert (arrival.failure.code, arrival.failure.retryable) == (ErrorCode.WORKER_LOST, True)
+        assert "do not fit each other: 2 requests, 2 indices" in arrival.failure.message
+        assert arrivals.empty()
+
+
+def test_handles_are_counted_round_and_none_is_given_twice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "_MAX_HANDLE", 3)
+    link = WorkerLink("d", "i", Role.DECODE, "127.0.0.1:1", GATEWAY, is_connected=True)
+    for name in "ab":
+        start(link, name)
+    link.release(("a", 1), cancel=False)
+    assert [link._new_handle() for _ in range(4)] == [3, 1, 3, 1]
 
 
 async def test_a_broken_stream_fails_every_open_request_once() -> None:

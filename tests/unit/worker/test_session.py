@@ -11,7 +11,8 @@ import pytest
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.decode.v1 import decode_pb2
 from baton.services.core.errors import BatonError, ErrorCode
-from baton.services.worker.session import Session, serve_stream
+from baton.services.runtime.token_columns import TokenRow, rows_of
+from baton.services.worker.session import PlainTokens, Session, serve_stream
 
 GATEWAY = pb.WorkerIdentity(worker_id="g", incarnation="1")
 
@@ -41,6 +42,40 @@ async def test_a_report_without_tokens_takes_the_place_of_those_that_follow() ->
     session.send([output("a", 1, 11)])
     (joined,) = (await session.next_step()).outputs
     assert (joined.first_index, len(joined.tokens), joined.transfer.num_blocks) == (1, 1, 3)
+
+
+def plain(handle: int, first_index: int, *token_ids: int) -> PlainTokens:
+    return PlainTokens(f"r{handle}", 1, TokenRow(handle, first_index, list(token_ids)))
+
+
+async def test_tokens_alone_leave_in_columns_however_many_steps_they_are_of() -> None:
+    session = Session(GATEWAY)
+    session.send([plain(1, 4, 40), plain(2, 7, 70)])
+    (one,) = [await session.next_step()]
+    assert (list(one.tokens.handles), list(one.tokens.counts), one.outputs) == ([1, 2], [], [])
+    session.send([plain(1, 5, 50), plain(2, 8, 80)])
+    session.send([plain(1, 6, 60, 61), plain(3, 1, 10)])
+    step = await session.next_step()
+    assert rows_of(step.tokens) == [TokenRow(1, 5, [50, 60, 61]), TokenRow(2, 8, [80]), TokenRow(3, 1, [10])]
+    assert not step.outputs
+
+
+async def test_what_is_said_behind_tokens_of_an_earlier_step_comes_behind_them() -> None:
+    session = Session(GATEWAY)
+    session.send([plain(1, 4, 40)])
+    session.send([output("r1", 5, 50, finish_reason=pb.FINISH_REASON_LENGTH)])
+    step = await session.next_step()
+    assert rows_of(step.tokens) == [TokenRow(1, 4, [40])]
+    assert [(o.first_index, [t.token_id for t in o.tokens]) for o in step.outputs] == [(5, [50])]
+
+
+async def test_tokens_behind_an_output_are_added_to_it() -> None:
+    session = Session(GATEWAY)
+    session.send([output("r1", 0, 1, prefill=pb.PrefillReport()), output("r2", 0, transfer=pb.TransferReport())])
+    session.send([plain(1, 1, 2, 3), plain(2, 6, 60)])
+    step = await session.next_step()
+    assert not step.HasField("tokens")
+    assert [(o.first_index, [t.token_id for t in o.tokens]) for o in step.outputs] == [(0, [1, 2, 3]), (6, [60])]
 
 
 async def test_attempts_are_never_joined() -> None:
