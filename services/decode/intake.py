@@ -186,11 +186,7 @@ class DecodeWorker(Worker[DecodeScheduler]):
             expected.granted.set_result(reservation)
 
     def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | PlainTokens | None:
-        if not update.new_tokens and not update.finished:
-            return None
-        if update.finished:
-            self.forget(active)
-        return active.output(update)
+        return self._tell_tokens(active, update)
 
     def _give_up(self, active: ActiveRequest, reason: str) -> None:
         self.forget(active)

@@ -1,4 +1,5 @@
-"""The prefill side: computes a prompt, sends its blocks while later chunks compute, lets go on the acknowledgement."""
+"""The prefill side: computes a prompt, sends its blocks while later chunks compute, lets go on the acknowledgement. What comes
+without a decode worker it answers itself."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class _Destination:
 
 
 class PrefillWorker(Worker[PrefillScheduler]):
-    """Runs prompts and hands them over."""
+    """Runs prompts and hands them over, or goes on to the end of the answer."""
 
     claim_failpoint = "prefill.before_claim"
 
@@ -52,15 +53,23 @@ class PrefillWorker(Worker[PrefillScheduler]):
             parts.pool, parts.namer, parts.limits, enable_prefix_caching=parts.prefix_caching, pace=parts.pace
         )
         super().__init__(parts, scheduler, on_turn=on_turn, clock=clock)
-        self._destinations: dict[str, _Destination] = {}
+        self._destinations: dict[str, _Destination] = {}  # of those that are handed over
 
     def start(self, session: Session, command: prefill_pb2.Start) -> None:
         """A Start command of a gateway."""
         active = self.admit(session, command.spec)
         if active is None:
             return
+        if command.HasField("decode"):
+            self._destinations[active.id] = self._destination(active, command)
+        if command.HasField("fetch"):
+            self.fetch_and_enqueue(active, command.fetch)
+        else:
+            self.enqueue(active)
+
+    def _destination(self, active: ActiveRequest, command: prefill_pb2.Start) -> _Destination:
         request = active.request
-        self._destinations[active.id] = _Destination(
+        return _Destination(
             HandoffSpec(
                 request_id=active.request_id,
                 attempt=active.attempt,
@@ -73,10 +82,10 @@ class PrefillWorker(Worker[PrefillScheduler]):
             ),
             is_needed=not ends_with_next_token(request, self.limits.max_model_len),
         )
-        if command.HasField("fetch"):
-            self.fetch_and_enqueue(active, command.fetch)
-        else:
-            self.enqueue(active)
+
+    def _adding(self, active: ActiveRequest) -> Callable[[PrefillScheduler], None]:
+        request, is_whole = active.request, active.id not in self._destinations
+        return lambda scheduler: scheduler.add(request, is_whole=is_whole)
 
     def _on_started(self, active: ActiveRequest) -> None:
         # Not earlier: until now the prompt has only waited, and blocks reserved for it over there would wait with it.
@@ -91,7 +100,10 @@ class PrefillWorker(Worker[PrefillScheduler]):
             self.fail(active, error)
 
     def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | PlainTokens | None:
-        handoff = self._destinations[active.id].handoff
+        destination = self._destinations.get(active.id)
+        if destination is None:
+            return self._tell_tokens(active, update)
+        handoff = destination.handoff
         if handoff is not None and update.completed_blocks:
             handoff.blocks_ready(dict(zip(update.completed_blocks, update.completed_block_ids, strict=True)))
         if not update.new_tokens:

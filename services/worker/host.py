@@ -355,6 +355,7 @@ class WorkerHost(ABC, Generic[WorkerT]):
         status = pb.WorkerStatus(
             identity=self.identity,
             role=convert.role_to_wire(Role(self.settings.role)),
+            answers_whole=self.settings.role == Role.PREFILL.value,
             state=self._state(),
             problem=self._quarantine.problem,
             pid=os.getpid(),

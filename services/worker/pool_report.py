@@ -60,6 +60,7 @@ def add_report(status: pb.WorkerStatus, report: PoolReport, block_bytes: int = 0
     status.ledger_error = report.ledger_error
     status.queued = stats.queued
     status.running = stats.running
+    status.answering = stats.answering
     status.queued_tokens = stats.queued_tokens
     status.batch_queued_tokens = stats.batch_queued_tokens
     status.preemptions_total = stats.preemptions_total

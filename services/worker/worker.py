@@ -163,6 +163,14 @@ class Worker(ABC, Generic[SchedulerT]):
     def _on_update(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | PlainTokens | None:
         """The request got further; returns what the gateway is told."""
 
+    def _tell_tokens(self, active: ActiveRequest, update: RequestUpdate) -> pb.RequestOutput | PlainTokens | None:
+        """The same for one that generates here."""
+        if not update.new_tokens and not update.finished:
+            return None
+        if update.finished:
+            self.forget(active)
+        return active.output(update)
+
     def fetch_and_enqueue(self, active: ActiveRequest, source: pb.FetchSource) -> None:
         """Queues the request once the blocks that another worker holds are here, or will not be."""
         # Who wants the logprobs of every prompt token computes all of them anyway.
@@ -209,8 +217,12 @@ class Worker(ABC, Generic[SchedulerT]):
 
     def _enqueue(self, active: ActiveRequest) -> None:
         # Now, not when the task begins: whoever gives the request up before that would abort what is added later.
-        added = self.steps.call(lambda scheduler: scheduler.add(active.request))
+        added = self.steps.call(self._adding(active))
         self.spawn(self._confirm(active, added), name=f"enqueue-{active.id}")
+
+    def _adding(self, active: ActiveRequest) -> Callable[[SchedulerT], None]:
+        """Queues the request; called on the step thread."""
+        return lambda scheduler: scheduler.add(active.request)
 
     async def _confirm(self, active: ActiveRequest, added: asyncio.Future[None]) -> None:
         try:

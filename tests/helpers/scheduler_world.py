@@ -7,10 +7,11 @@ wrong block would change it.
 
 from __future__ import annotations
 
-import zlib
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 
+from helpers.kv_tags import EOS, next_token, tags_of
 from helpers.scheduling import BLOCK_SIZE, NAMER, make_limits
 
 from baton.services.core.block_pool import BlockPool
@@ -21,25 +22,9 @@ from baton.services.core.scheduler.output_length import OutputLengthEstimator
 from baton.services.core.scheduler.prefill import PrefillScheduler
 from baton.services.core.slo import ServiceLevel
 
-VOCABULARY = 12
-EOS = 0
 GARBAGE = -1
 MAX_MODEL_LEN = 40
 NUM_BLOCKS = 10  # exactly what the longest request needs
-
-
-def tags_of(token_ids: list[int], salt: str) -> list[int]:
-    """One tag a token, each over all tokens up to it."""
-    tag = zlib.crc32(salt.encode())
-    tags = []
-    for token in token_ids:
-        tag = zlib.crc32(token.to_bytes(4, "little"), tag)
-        tags.append(tag)
-    return tags
-
-
-def next_token(token_ids: list[int], salt: str) -> int:
-    return tags_of(token_ids, salt)[-1] % VOCABULARY
 
 
 def expected_output(request: Request) -> list[int]:
@@ -179,10 +164,18 @@ class World:
         salt: str,
         lifetime_s: float | None,
         service: ServiceLevel | None = None,
+        *,
+        is_whole: bool = False,
     ) -> None:
+        """The decode worker computes the prompt itself, or, ``is_whole``, the prefill worker answers it."""
         request = self.make_request(prompt, max_tokens, salt, lifetime_s, service=service)
         self._track(request)
-        self.decode.add(request)
+        if is_whole:
+            self.prefill.add(request, is_whole=True)
+        else:
+            self.decode.add(request)
+
+    start_whole = functools.partialmethod(start_local, is_whole=True)
 
     def start_remote(
         self,
@@ -201,11 +194,17 @@ class World:
     def step_prefill(self) -> None:
         output, updates = self.p.step(self.now)
         by_sender = {handoff.sender: handoff for handoff in self.handoffs}
+        assert not output.preempted
         for request in output.expired:
-            self._give_up(by_sender[request])
+            if request in by_sender:
+                self._give_up(by_sender[request])
+            else:
+                self._end(request)
         for update in updates:
             handoff = by_sender.get(update.request)
             if handoff is None:
+                if update.request in self.outputs:
+                    self._note(update)
                 continue
             handoff.complete |= dict(zip(update.completed_blocks, update.completed_block_ids, strict=True))
             if update.handing_over:
@@ -225,12 +224,16 @@ class World:
             self._end(request)
         self.num_preemptions += len(output.preempted)
         for update in updates:
-            assert update.first_index == len(self.outputs[update.request]), "indices never repeat or skip"
-            self.outputs[update.request] += [token.token_id for token in update.new_tokens]
-            if update.prefill is not None:
-                self.num_cached_tokens += update.prefill.num_cached_tokens
-            if update.finished:
-                self._end(update.request)
+            self._note(update)
+
+    def _note(self, update: RequestUpdate) -> None:
+        """Of a request that generates where it runs."""
+        assert update.first_index == len(self.outputs[update.request]), "indices never repeat or skip"
+        self.outputs[update.request] += [token.token_id for token in update.new_tokens]
+        if update.prefill is not None:
+            self.num_cached_tokens += update.prefill.num_cached_tokens
+        if update.finished:
+            self._end(update.request)
 
     def reserve(self, handoff: Handoff) -> None:
         """As the sender does: not before its own scheduler has admitted the prompt."""
@@ -281,7 +284,7 @@ class World:
             self.decode.abort(request.request_id)
             self.lingering.append(handoff)
             self._end(request)
-        elif (ended := self.decode.abort(request.request_id)) is not None:
+        elif (ended := self.decode.abort(request.request_id) or self.prefill.abort(request.request_id)) is not None:
             self._end(ended)  # it, or its retry under the same id
 
     def break_transfer(self, handoff: Handoff, *, quiet: bool) -> None:
@@ -361,7 +364,7 @@ class World:
             assert scheduler.pool.overdue(self.now + 1e9) == 0
             stats = scheduler.stats()
             assert (stats.queued, stats.running, stats.queued_tokens) == (0, 0, 0)
-            assert (stats.awaiting_kv, stats.handing_over) == (0, 0)
+            assert (stats.awaiting_kv, stats.handing_over, stats.answering) == (0, 0, 0)
         for request in self.requests:
             assert self.ends[request] == 1, f"{request.request_id} ended {self.ends[request]} times"
             expected, generated = expected_output(request), self.outputs[request]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from helpers.scheduling import NAMER, make_limits
+from helpers.waiting import eventually
 
 from baton.api.common.v1 import common_pb2 as pb
+from baton.api.prefill.v1 import prefill_pb2
+from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.errors import TransferCode, TransferError
 from baton.kvtransfer.identity import HandoffKey, WorkerIdentity
 from baton.kvtransfer.messages import FirstToken
@@ -18,6 +22,7 @@ from baton.kvtransfer.sending import HandoffSpec
 from baton.services.core.block_pool import BlockPool
 from baton.services.core.request import SampledToken
 from baton.services.core.scheduler.base import ScheduledRequest, StepResult
+from baton.services.prefill.handover import PrefillWorker
 from baton.services.worker.parts import WorkerParts
 from baton.services.worker.session import Session
 
@@ -36,9 +41,12 @@ class CountingEngine:
         self.fails: Callable[[list[ScheduledRequest]], bool] = lambda batch: False
         self.error: Exception = RuntimeError("the engine is broken")
         self.num_steps = 0
+        self.closes_after: int | None = None  # the gate, after so many steps
 
     def step(self, batch: list[ScheduledRequest]) -> StepResult:
         self.num_steps += 1
+        if self.num_steps == self.closes_after:
+            self.gate.clear()
         self.is_in_step.set()
         assert self.gate.wait(10.0), "the test never opened the gate"
         self.is_in_step.clear()
@@ -209,3 +217,61 @@ class RecordingAgent:
 
     def forget(self, key: HandoffKey) -> None:
         self.forgotten.append(key)
+
+
+class Prefill:
+    """A worker over a counting engine, whose handoffs end as the test says."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.engine = CountingEngine()
+        self.agent = RecordingAgent()
+        self.now_s = 0.0
+        self.worker = PrefillWorker(
+            make_parts(self.engine, **limits), lambda scheduler, now_s: None, lambda: self.now_s
+        )
+        self.worker.agent = cast(TransferAgent, self.agent)
+        self.reader = Reader(self.worker.open_session(PEER))
+
+    def start(self, spec: pb.GenerationSpec) -> None:
+        command = prefill_pb2.Start(spec=spec, decode=PEER, decode_address="127.0.0.1:1")
+        self.worker.start(self.reader.session, command)
+
+    def start_whole(self, spec: pb.GenerationSpec) -> None:
+        """It is to answer the request itself."""
+        self.worker.start(self.reader.session, prefill_pb2.Start(spec=spec))
+
+    async def handoff(self, number: int = 0) -> RecordedHandoff:
+        """As soon as it is open."""
+        await eventually(lambda: len(self.agent.handoffs) > number, what="the handoff")
+        return self.agent.handoffs[number]
+
+    async def assert_clean(self) -> None:
+        for _ in range(100):
+            counts, stats = await self.worker.steps.call(lambda s: (s.pool.counts(), s.stats()))
+            if not (counts.request or counts.transfer or stats.queued or stats.running or stats.handing_over):
+                break
+        assert (counts.request, counts.transfer, counts.quarantine, counts.error) == (0, 0, 0, 0)
+        assert (stats.queued, stats.running, stats.handing_over) == (0, 0, 0)
+        assert not self.worker.num_active
+        assert not self.worker._destinations
+
+
+@asynccontextmanager
+async def prefill_running(**limits: Any) -> AsyncIterator[Prefill]:
+    prefill = Prefill(**limits)
+    prefill.worker.steps.start()
+    try:
+        async with prefill.reader:
+            yield prefill
+    finally:
+        prefill.engine.gate.set()
+        await prefill.worker.stop_requests()
+        await prefill.worker.steps.stop()
+
+
+def cancel(prefill: Prefill) -> None:
+    prefill.worker.cancel(prefill.reader.session, "r", 1)
+
+
+def hang_up(prefill: Prefill) -> None:
+    prefill.worker.close_session(prefill.reader.session)

@@ -70,6 +70,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
             self.world.start_local(prompt, num_tokens, salt, lifetime_s, service)
 
+    @rule(
+        prompts=st.lists(PROMPTS, min_size=1, max_size=2),
+        max_tokens=st.integers(1, 24),
+        salt=SALTS,
+        lifetime_s=LIFETIMES,
+        service=SERVICES,
+    )
+    def start_whole(
+        self, prompts: list[list[int]], max_tokens: int, salt: str, lifetime_s: float | None, service: ServiceLevel
+    ) -> None:
+        for prompt in prompts:
+            num_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
+            self.world.start_whole(prompt, num_tokens, salt, lifetime_s, service)
+
     @rule(steps=st.integers(1, 6))
     def step_prefill(self, steps: int) -> None:
         for _ in range(steps):
@@ -163,7 +177,7 @@ def test_tiny_pools_under_steady_load_make_progress(seed: int) -> None:
         length = rng.randint(1, 28)
         start = rng.randint(1, 3) * 100
         prompt = [start + position for position in range(length)]
-        begin = world.start_remote if rng.random() < 0.6 else world.start_local
+        begin = rng.choice([world.start_remote, world.start_remote, world.start_local, world.start_whole])
         slo_class = rng.choice(list(SloClass))
         due_s = None if rng.random() < 0.3 else world.now + rng.random()
         service = ServiceLevel(slo_class, due_s, tenant=rng.choice("ab"), weight=rng.choice([1.0, 3.0]))

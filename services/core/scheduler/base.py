@@ -143,6 +143,7 @@ class SchedulerStats:
     batch_queued_tokens: int = 0  # of these, those that give way to others
     awaiting_kv: int = 0  # granted reservations whose blocks have not all arrived
     handing_over: int = 0  # computed prompts whose receiver has not acknowledged
+    answering: int = 0  # of queued and running, those that a prefill worker answers itself
     preemptions_total: int = 0
 
 

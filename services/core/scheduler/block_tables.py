@@ -26,6 +26,7 @@ class Sequence:
     can_be_late: bool = False  # it has a target that it has not been put back for yet
     is_promoted: bool = False  # batch that has given way for long enough
     promised_blocks: int = 0  # blocks that admission promised it, those in its table included
+    is_whole: bool = False  # a prefill worker answers it itself, instead of handing it over
     has_sampled: bool = False  # its first token on this worker is there
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 

@@ -37,11 +37,11 @@ from baton.services.core.scheduler.cache_moves import CacheMoves
 from baton.services.core.scheduler.chunking import share_by_rank
 from baton.services.core.scheduler.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST
 from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token, max_kv_tokens
+from baton.services.core.scheduler.generating import Generating
 from baton.services.core.scheduler.growth import GrowthPromises
 from baton.services.core.scheduler.incoming import IncomingHandoffs, IncomingState
 from baton.services.core.scheduler.output_length import OutputLengthEstimator
 from baton.services.core.scheduler.pace import Handoffs, Pace, prompt_budget
-from baton.services.core.scheduler.progress import prefill_info, record_chunk
 from baton.services.core.scheduler.room import Room, RoomFinder
 from baton.services.core.scheduler.waiting import Patience, WaitingQueue, is_yielding, merged, rank, tokens_left
 
@@ -71,6 +71,8 @@ class DecodeScheduler:
         self._sequences: dict[str, Sequence] = {}  # everything that has not ended
         self._pace = pace or Pace()
         self._queue = WaitingQueue(self._pace, patience or Patience(), self._cost)  # prompts and reservations
+        max_model_len = limits.max_model_len
+        self._generating = Generating(self._tables, self._queue, self.output_lengths, max_model_len, self._end)
         self._handoffs = Handoffs()
         self._awaiting: dict[str, Sequence] = {}  # granted, their blocks still to arrive
         self._running: list[Sequence] = []  # most urgent first
@@ -245,7 +247,7 @@ class DecodeScheduler:
         num_decodes = sum(not item.request.is_prefilling for item in output.scheduled)
         self._pace.observe(now - self._now, output.num_tokens - num_decodes, num_decodes)
         return [
-            self._advance(sequence, item, result, now)
+            self._generating.advance(sequence, item, result, now)
             for item in output.scheduled
             if (sequence := self._sequences.get(item.request.request_id)) and sequence.request is item.request
         ]
@@ -335,36 +337,6 @@ class DecodeScheduler:
         return PROMPT_TOKEN_COST * num_prompt + OUTPUT_TOKEN_COST * num_output
 
     # Ends
-
-    def _advance(self, sequence: Sequence, item: ScheduledRequest, result: StepResult, now: float) -> RequestUpdate:
-        request = sequence.request
-        samples = item.samples
-        record_chunk(sequence, item, result)
-        completed = self._tables.complete(sequence)
-        completed_ids = tuple(request.block_table[completed.start : completed.stop])
-        first_index = request.num_output_tokens
-        if not samples:
-            return RequestUpdate(
-                request, (), first_index, completed_blocks=completed, completed_block_ids=completed_ids
-            )
-        token = result.sampled[request.request_id]
-        is_first = not sequence.has_sampled
-        sequence.has_sampled = True
-        self._queue.charge_output(sequence)
-        reason = append_token(request, token.token_id, self.limits.max_model_len)
-        if reason is not None:
-            self.output_lengths.observe(request.num_output_tokens)
-            self._end(sequence, reason)
-        return RequestUpdate(
-            request,
-            new_tokens=(token,),
-            first_index=first_index,
-            finished=reason is not None,
-            completed_blocks=completed,
-            completed_block_ids=completed_ids,
-            prefill=prefill_info(sequence, now) if is_first else None,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None,
-        )
 
     def _enqueue(self, request: Request, *, computes: bool = True) -> Sequence:
         if request.request_id in self._sequences:

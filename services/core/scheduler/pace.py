@@ -113,15 +113,15 @@ def prompt_budget(
     pace: Pace,
     decodes: Sequence[ScheduledRequest],
     least: int,
-    handoffs: Handoffs,
+    handoffs: Handoffs | None,
     now: float,
 ) -> int:
     """Tokens of prompts in the step that begins now: the streams in it are to have their next tokens in time. At least
-    ``least``, but in the first step of a stream that was handed over."""
+    ``least``, but in the first step of a stream that was handed over. ``handoffs``: None where none come."""
     budget = limits.max_num_batched_tokens - len(decodes)
     if decodes and limits.max_interleaved_prefill_tokens is not None:
         budget = min(budget, limits.max_interleaved_prefill_tokens)
-    if (handed_over := handoffs.budget(pace, len(decodes), least, now)) is not None:
+    if handoffs is not None and (handed_over := handoffs.budget(pace, len(decodes), least, now)) is not None:
         budget = min(budget, handed_over)
     targets = [tpot_s for item in decodes if (tpot_s := item.request.service.tpot_s) is not None]
     if targets and (most := pace.tokens_beside(len(decodes), min(targets), least)) is not None:

@@ -1,12 +1,14 @@
-"""The prefill pool's policy: compute prompts in chunks, then hold their blocks until the receiver has them.
+"""The prefill pool's policy: compute prompts in chunks, then hold their blocks until the receiver has them. Short requests
+may be answered here whole.
 
-A prompt's blocks are all taken when it is admitted, since their number is known; so running prompts never need a block
-and nothing is ever preempted here. A prompt goes through
+A request's blocks are all taken when it is admitted, since their number is known: those of the prompt, and of the longest
+answer where it is given here. So what runs never needs a block and nothing is ever preempted. A request goes through
 
-    WAITING -> RUNNING -> HANDING_OVER -> FINISHED
+    WAITING -> RUNNING -> HANDING_OVER -> FINISHED      handed over; or it ends at its first token
+    WAITING -> RUNNING ------------------> FINISHED      answered here, a token a step
 
-or ends at its first token, or by ``abort`` anywhere. Blocks that were reported as complete belong to the transfer as
-well, from that report to ``release``: an aborted request leaves them to it, because a peer may be reading them.
+or ends by ``abort`` anywhere. Blocks of a handoff that were reported as complete belong to the transfer as well, from that
+report to ``release``: an aborted request leaves them to it, because a peer may be reading them.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from baton.services.core.scheduler.base import (
     SchedulerStats,
     StepResult,
 )
-from baton.services.core.scheduler.block_tables import BlockTables, Sequence
+from baton.services.core.scheduler.block_tables import BlockTables, Plan, Sequence
 from baton.services.core.scheduler.cache_moves import CacheMoves
 from baton.services.core.scheduler.chunking import share_by_rank
-from baton.services.core.scheduler.fairness import PROMPT_TOKEN_COST
-from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token
-from baton.services.core.scheduler.pace import Pace
+from baton.services.core.scheduler.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST
+from baton.services.core.scheduler.finish import append_token, check_can_be_served, ends_with_next_token, max_kv_tokens
+from baton.services.core.scheduler.generating import Generating
+from baton.services.core.scheduler.output_length import OutputLengthEstimator
+from baton.services.core.scheduler.pace import Pace, prompt_budget
 from baton.services.core.scheduler.progress import prefill_info, record_chunk
 from baton.services.core.scheduler.waiting import Patience, WaitingQueue, is_yielding, merged, rank, tokens_left
 
@@ -53,7 +57,8 @@ class _Outgoing:
 
 
 class PrefillScheduler:
-    """The most urgent first, tenants in turn, under a token budget in which short prompts have a share."""
+    """Answers in progress first, one token each; then prompts, the most urgent first and tenants in turn, under a token budget
+    in which short ones have a share."""
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class PrefillScheduler:
         namer: BlockNamer,
         limits: SchedulerLimits,
         *,
+        output_lengths: OutputLengthEstimator | None = None,
         enable_prefix_caching: bool = True,
         pace: Pace | None = None,
         patience: Patience | None = None,
@@ -71,7 +77,11 @@ class PrefillScheduler:
         self._tables = BlockTables(pool, namer, enable_prefix_caching=enable_prefix_caching)
         self._sequences: dict[str, Sequence] = {}  # everything that has not ended
         self._pace = pace or Pace()
-        self._waiting = WaitingQueue(self._pace, patience or Patience(), _cost)
+        self._output_lengths = output_lengths or OutputLengthEstimator()
+        self._waiting = WaitingQueue(self._pace, patience or Patience(), self._cost)
+        self._generating = Generating(
+            self._tables, self._waiting, self._output_lengths, limits.max_model_len, self._end
+        )
         self._running: list[Sequence] = []  # most urgent first
         self._outgoing: dict[tuple[str, int], _Outgoing] = {}  # by request id and attempt; outlives the request
         self._num_added = 0
@@ -81,18 +91,22 @@ class PrefillScheduler:
     def has_work(self) -> bool:
         return bool(self._running or len(self._waiting))
 
-    def add(self, request: Request) -> None:
-        """Queue a prompt. Raises BatonError for one that this worker can never compute, or has already."""
+    def add(self, request: Request, *, is_whole: bool = False) -> None:
+        """Queue a prompt, to be handed over or, ``is_whole``, answered here. Raises BatonError for one that this worker can
+        never serve, or has already."""
         if request.request_id in self._sequences:
             raise BatonError(ErrorCode.INVALID_REQUEST, f"request {request.request_id} is already on this worker")
-        check_can_be_served(request, self.pool, self.limits.max_model_len, request.num_tokens)
+        max_model_len = self.limits.max_model_len
+        num_kv_tokens = max_kv_tokens(request, max_model_len) if is_whole else request.num_tokens
+        check_can_be_served(request, self.pool, max_model_len, num_kv_tokens)
         sequence = self._tables.open(request, self._num_added)
+        sequence.is_whole = is_whole
         self._num_added += 1
         self._sequences[request.request_id] = sequence
         self._waiting.push(sequence)
 
     def is_handed_over(self, request: Request) -> bool:
-        """A handoff will follow, unless the first token happens to end the request."""
+        """A handoff will follow, where the answer is not given here, unless the first token happens to end the request."""
         return not ends_with_next_token(request, self.limits.max_model_len)
 
     def phase(self, request_id: str) -> str | None:
@@ -107,9 +121,13 @@ class PrefillScheduler:
     def schedule(self, now: float) -> SchedulerOutput:
         self._now = now
         output = SchedulerOutput(expired=self._expire(now))
-        candidates = merged(self._running, self._find_room(now))
+        answers = [ScheduledRequest(sequence.request, 1) for sequence in self._running if sequence.has_sampled]
+        budget = prompt_budget(self.limits, self._pace, answers, self.pool.block_size, None, now)
+        output.scheduled.extend(answers)
+        prompts = [sequence for sequence in self._running if not sequence.has_sampled]
+        candidates = merged(prompts, self._find_room(now))
         remaining = [(self._tables.num_left(sequence), is_yielding(sequence)) for sequence in candidates]
-        shares = share_by_rank(remaining, self.limits.max_num_batched_tokens, self.limits.short_prompt_share)
+        shares = share_by_rank(remaining, budget, self.limits.short_prompt_share)
         for sequence, share in zip(candidates, shares, strict=True):
             request = sequence.request
             if share and (request.state is RequestState.RUNNING or self._admit(sequence, now)):
@@ -117,7 +135,8 @@ class PrefillScheduler:
         return output
 
     def update(self, output: SchedulerOutput, result: StepResult, now: float) -> list[RequestUpdate]:
-        self._pace.observe(now - self._now, output.num_tokens, 0)
+        num_answering = sum(not item.request.is_prefilling for item in output.scheduled)
+        self._pace.observe(now - self._now, output.num_tokens - num_answering, num_answering)
         return [
             self._advance(sequence, item, result, now)
             for item in output.scheduled
@@ -157,16 +176,21 @@ class PrefillScheduler:
     def room_for_moves(self) -> int:
         """Blocks that may be taken to bring cached ones here: not those that the first in the queue waits for."""
         first = self._waiting.first(self._now)
-        return self.pool.num_available - (0 if first is None else self._tables.plan(first).num_taken)
+        return self.pool.num_available - (0 if first is None else self._num_taken(first, self._tables.plan(first)))
 
     def stats(self) -> SchedulerStats:
-        prefilling = [s for s in self._sequences.values() if s.request.state is not RequestState.HANDING_OVER]
+        prefilling = [
+            sequence
+            for sequence in self._sequences.values()
+            if sequence.request.state is not RequestState.HANDING_OVER and not sequence.has_sampled
+        ]
         return SchedulerStats(
             queued=len(self._waiting),
             running=len(self._running),
             queued_tokens=tokens_left(prefilling),
             batch_queued_tokens=tokens_left(filter(is_yielding, prefilling)),
             handing_over=len(self._sequences) - len(self._waiting) - len(self._running),
+            answering=sum(sequence.is_whole for sequence in self._sequences.values()),
         )
 
     def _expire(self, now: float) -> list[Request]:
@@ -184,7 +208,7 @@ class PrefillScheduler:
         room = self.pool.num_available
         found: list[Sequence] = []
         for sequence in islice(self._waiting.in_order(now), max(0, min(num_seats, MAX_LOOKAHEAD))):
-            num_taken = self._tables.plan(sequence).num_taken
+            num_taken = self._num_taken(sequence, self._tables.plan(sequence))
             if num_taken > room or (is_yielding(sequence) and not self._has_room_for_batch(found, room - num_taken)):
                 break
             room -= num_taken
@@ -202,17 +226,39 @@ class PrefillScheduler:
     def _admit(self, sequence: Sequence, now: float) -> bool:
         plan = self._tables.plan(sequence)
         # Those admitted just before may have evicted a prefix that was counted on.
-        if plan.num_taken > self.pool.num_available:
+        if self._num_taken(sequence, plan) > self.pool.num_available:
             return False
         request = sequence.request
         self._tables.admit(sequence, plan)
+        self._tables.grow(sequence, self._num_to_come(sequence))
         self._waiting.take(sequence, request.num_uncomputed_tokens)
         insort(self._running, sequence, key=rank)
         request.state = RequestState.RUNNING
         request.first_scheduled_s = now
         return True
 
+    def _num_to_come(self, sequence: Sequence) -> int:
+        """Blocks of an answer that is given here, beyond those of the tokens that there are."""
+        if not sequence.is_whole:
+            return 0
+        request, num_blocks_for = sequence.request, self._tables.num_blocks_for
+        return num_blocks_for(max_kv_tokens(request, self.limits.max_model_len)) - num_blocks_for(request.num_tokens)
+
+    def _num_taken(self, sequence: Sequence, plan: Plan) -> int:
+        """Available blocks that would be gone if it were admitted."""
+        return plan.num_taken + self._num_to_come(sequence)
+
+    def _cost(self, sequence: Sequence) -> float:
+        """What a request that waits will probably cost its tenant."""
+        request = sequence.request
+        num_output = 0
+        if sequence.is_whole:
+            num_output = self._output_lengths.expected(request.sampling.max_tokens, request.num_output_tokens)
+        return PROMPT_TOKEN_COST * request.num_uncomputed_tokens + OUTPUT_TOKEN_COST * num_output
+
     def _advance(self, sequence: Sequence, item: ScheduledRequest, result: StepResult, now: float) -> RequestUpdate:
+        if sequence.is_whole:
+            return self._generating.advance(sequence, item, result, now)
         request = sequence.request
         is_handed_over = self.is_handed_over(request)
         samples = item.samples
@@ -271,8 +317,3 @@ class PrefillScheduler:
         self._tables.free(sequence)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
-
-
-def _cost(sequence: Sequence) -> float:
-    """What a prompt that waits will probably cost its tenant."""
-    return PROMPT_TOKEN_COST * sequence.request.num_uncomputed_tokens

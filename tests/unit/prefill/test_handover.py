@@ -3,69 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, cast
+from collections.abc import Callable
 
 import pytest
 from helpers.waiting import eventually
-from helpers.worker_parts import PEER, CountingEngine, Reader, RecordedHandoff, RecordingAgent, make_parts, make_spec
+from helpers.worker_parts import PEER, Prefill, Reader, cancel, hang_up, make_spec, prefill_running
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.api.prefill.v1 import prefill_pb2
-from baton.kvtransfer.agent import TransferAgent
 from baton.kvtransfer.errors import TransferCode, TransferError
-from baton.services.prefill.handover import PrefillWorker
-
-
-class Prefill:
-    """A worker over a counting engine, whose handoffs end as the test says."""
-
-    def __init__(self, **limits: Any) -> None:
-        self.engine = CountingEngine()
-        self.agent = RecordingAgent()
-        self.now_s = 0.0
-        self.worker = PrefillWorker(
-            make_parts(self.engine, **limits), lambda scheduler, now_s: None, lambda: self.now_s
-        )
-        self.worker.agent = cast(TransferAgent, self.agent)
-        self.reader = Reader(self.worker.open_session(PEER))
-
-    def start(self, spec: pb.GenerationSpec) -> None:
-        command = prefill_pb2.Start(spec=spec, decode=PEER, decode_address="127.0.0.1:1")
-        self.worker.start(self.reader.session, command)
-
-    async def handoff(self, number: int = 0) -> RecordedHandoff:
-        """As soon as it is open."""
-        await eventually(lambda: len(self.agent.handoffs) > number, what="the handoff")
-        return self.agent.handoffs[number]
-
-    async def assert_clean(self) -> None:
-        for _ in range(100):
-            counts, stats = await self.worker.steps.call(lambda s: (s.pool.counts(), s.stats()))
-            if not (counts.request or counts.transfer or stats.queued or stats.running or stats.handing_over):
-                break
-        assert (counts.request, counts.transfer, counts.quarantine, counts.error) == (0, 0, 0, 0)
-        assert (stats.queued, stats.running, stats.handing_over) == (0, 0, 0)
-        assert not self.worker.num_active
-        assert not self.worker._destinations
-
-
-@asynccontextmanager
-async def running(**limits: Any) -> AsyncIterator[Prefill]:
-    prefill = Prefill(**limits)
-    prefill.worker.steps.start()
-    try:
-        async with prefill.reader:
-            yield prefill
-    finally:
-        prefill.engine.gate.set()
-        await prefill.worker.stop_requests()
-        await prefill.worker.steps.stop()
 
 
 async def test_a_prompt_goes_over_chunk_by_chunk_and_its_first_token_up_at_once() -> None:
-    async with running(max_num_batched_tokens=8) as prefill:
+    async with prefill_running(max_num_batched_tokens=8) as prefill:
         prefill.start(make_spec("r", 18))
         handoff = await prefill.handoff()
         await eventually(lambda: handoff.first_token is not None)
@@ -81,7 +31,7 @@ async def test_a_prompt_goes_over_chunk_by_chunk_and_its_first_token_up_at_once(
 
 async def test_a_waiting_prompt_reserves_nothing() -> None:
     """Not before its own first step: the blocks over there would wait with it."""
-    async with running(max_num_seqs=1) as prefill:
+    async with prefill_running(max_num_seqs=1) as prefill:
         prefill.engine.gate.clear()
         prefill.start(make_spec("first"))
         prefill.start(make_spec("second", 11))
@@ -93,7 +43,7 @@ async def test_a_waiting_prompt_reserves_nothing() -> None:
 
 
 async def test_a_single_token_needs_no_receiver() -> None:
-    async with running() as prefill:
+    async with prefill_running() as prefill:
         prefill.start(make_spec("r", max_tokens=1))
         await eventually(lambda: prefill.reader["r"].num_ends == 1)
         assert prefill.reader["r"].last is not None
@@ -103,7 +53,7 @@ async def test_a_single_token_needs_no_receiver() -> None:
 
 
 async def test_a_first_token_that_ends_the_request_withdraws_the_handoff() -> None:
-    async with running() as prefill:
+    async with prefill_running() as prefill:
         spec = make_spec("r")
         spec.sampling.stop_token_ids.append(11)
         prefill.start(spec)
@@ -114,18 +64,10 @@ async def test_a_first_token_that_ends_the_request_withdraws_the_handoff() -> No
         await prefill.assert_clean()
 
 
-def cancel(prefill: Prefill) -> None:
-    prefill.worker.cancel(prefill.reader.session, "r", 1)
-
-
-def hang_up(prefill: Prefill) -> None:
-    prefill.worker.close_session(prefill.reader.session)
-
-
 @pytest.mark.parametrize("give_up", [cancel, hang_up])
 @pytest.mark.parametrize("phase", ["at once", "first step", "between chunks", "handing over"])
 async def test_giving_up_in_any_phase_frees_everything(phase: str, give_up: Callable[[Prefill], None]) -> None:
-    async with running(max_num_batched_tokens=8) as prefill:
+    async with prefill_running(max_num_batched_tokens=8) as prefill:
         if phase != "handing over":
             prefill.engine.gate.clear()
         prefill.start(make_spec("r", 18))
@@ -144,7 +86,7 @@ async def test_giving_up_in_any_phase_frees_everything(phase: str, give_up: Call
 
 @pytest.mark.parametrize("phase", ["computing", "committing"])
 async def test_a_handoff_that_fails_is_told_once_as_retryable(phase: str) -> None:
-    async with running(max_num_batched_tokens=8) as prefill:
+    async with prefill_running(max_num_batched_tokens=8) as prefill:
         if phase == "computing":
             prefill.engine.gate.clear()
         prefill.start(make_spec("r", 18))
@@ -161,7 +103,7 @@ async def test_a_handoff_that_fails_is_told_once_as_retryable(phase: str) -> Non
 
 
 async def test_a_prompt_that_can_never_be_served_is_refused_and_forgotten() -> None:
-    async with running(num_blocks=4, max_model_len=64) as prefill:
+    async with prefill_running(num_blocks=4, max_model_len=64) as prefill:
         prefill.start(make_spec("long", 64))
         prefill.start(make_spec("large", 20))
         await eventually(lambda: prefill.reader["long"].num_ends + prefill.reader["large"].num_ends == 2)
@@ -171,7 +113,7 @@ async def test_a_prompt_that_can_never_be_served_is_refused_and_forgotten() -> N
 
 
 async def test_a_second_start_of_the_same_attempt_is_refused_and_the_first_goes_on() -> None:
-    async with running() as prefill:
+    async with prefill_running() as prefill:
         other = Reader(prefill.worker.open_session(PEER))
         async with other:
             prefill.engine.gate.clear()
@@ -186,7 +128,7 @@ async def test_a_second_start_of_the_same_attempt_is_refused_and_the_first_goes_
 
 
 async def test_a_step_that_fails_ends_its_requests_and_withdraws_their_handoffs() -> None:
-    async with running() as prefill:
+    async with prefill_running() as prefill:
         prefill.engine.fails = lambda batch: prefill.engine.num_steps == 1
         prefill.start(make_spec("r"))
         await eventually(lambda: prefill.reader["r"].num_ends == 1)
@@ -198,7 +140,7 @@ async def test_a_step_that_fails_ends_its_requests_and_withdraws_their_handoffs(
 
 
 async def test_a_prompt_whose_time_is_over_before_it_could_run_ends_with_that() -> None:
-    async with running(max_num_seqs=1) as prefill:
+    async with prefill_running(max_num_seqs=1) as prefill:
         prefill.engine.gate.clear()
         prefill.start(make_spec("runs"))
         await eventually(prefill.engine.is_in_step.is_set)
@@ -212,7 +154,7 @@ async def test_a_prompt_whose_time_is_over_before_it_could_run_ends_with_that() 
 
 
 async def test_a_drain_waits_for_the_last_handoff_and_lets_nobody_in() -> None:
-    async with running() as prefill:
+    async with prefill_running() as prefill:
         prefill.start(make_spec("r"))
         handoff = await prefill.handoff()
         await eventually(lambda: handoff.first_token is not None)
@@ -229,7 +171,7 @@ async def test_a_drain_waits_for_the_last_handoff_and_lets_nobody_in() -> None:
 
 
 async def test_stopping_ends_what_is_left_and_says_how_much_that_was() -> None:
-    async with running() as prefill:
+    async with prefill_running() as prefill:
         for number in range(3):
             prefill.start(make_spec(f"r{number}"))
         await prefill.handoff(2)

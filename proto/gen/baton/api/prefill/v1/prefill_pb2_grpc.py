@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """Runs prompts and hands their KV blocks to a decode worker.
+    """Runs prompts and hands their KV blocks to a decode worker, or answers them itself.
     """
 
     def __init__(self, channel):
@@ -53,7 +53,7 @@ class PrefillServiceStub:
 
 
 class PrefillServiceServicer:
-    """Runs prompts and hands their KV blocks to a decode worker.
+    """Runs prompts and hands their KV blocks to a decode worker, or answers them itself.
     """
 
     def Open(self, request_iterator, context):
@@ -105,7 +105,7 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """Runs prompts and hands their KV blocks to a decode worker.
+    """Runs prompts and hands their KV blocks to a decode worker, or answers them itself.
     """
 
     @staticmethod
