@@ -5,22 +5,20 @@ it. A few microseconds; whatever is not plain is left to a second look (``quick_
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 from baton.services.core.candidates import Candidate, Mode, RoutedRequest, RoutingDecision
-from baton.services.core.cost_model import OTHER_HOST, SAME_HOST
+from baton.services.core.fetch import FetchPlan
 from baton.services.core.fleet import Fleet, Seat
-from baton.services.core.holders import Holders
-from baton.services.core.links import Link, LinkView
-from baton.services.core.prefix_index import NOBODY, PrefixIndex
-from baton.services.core.soonest import NEVER_S, Soonest, Start
+from baton.services.core.holders import NOBODY, Holders
+from baton.services.core.links import LinkView
+from baton.services.core.prefix_index import PrefixIndex
+from baton.services.core.soonest import NEVER_S, Start, link_cost, soonest
 
 _REASON = "cheapest of the prefill/decode pairs that are likely to be"
+_REMOTE, _LOCAL = Mode.REMOTE, Mode.LOCAL
 # A fraction of the time of a call with names.
-_make, _decide = Candidate._make, RoutingDecision._make
-
-_Pair: TypeAlias = tuple[float, Start, Seat, float, int]  # price_s, start, who decodes, transfer_s, num_cached
+_new = tuple.__new__
 
 
 def first_look(
@@ -34,12 +32,13 @@ def first_look(
     """The cheapest pair for a request that goes through the prefill pool. None: it takes a second look to tell."""
     num_tokens, size = request.num_tokens, request.block_size
     spread = zlib.crc32(request.request_id.encode())
-    held = index.deepest(block_names) if block_names else NOBODY
-    num_held, bits = held
-    prefill: Sequence[Seat] = ()
-    others: Sequence[Seat] = ()
-    if bits:
-        prefill, others = holders.among(bits)
+    held = NOBODY
+    num_held = some = 0
+    if block_names:
+        num_held, bits, some = deepest = index.deepest(block_names)
+        if bits:
+            held = holders.among(bits)
+    here, others, _ = held
     num_left = num_tokens - num_held * size
     if num_left < 1:
         num_left = 1
@@ -48,25 +47,24 @@ def first_look(
     second: Start | None = None
     start_s = NEVER_S
     best: Seat | None = None
-    for seat in prefill:
+    for seat in here:
         if best is None or seat.queue_s < best.queue_s or seat.lane is not best.lane:
             prefill_s = seat.prefill_s(num_left)
             at_s = seat.queue_s + prefill_s - seat.curiosity * prefill_s
             if at_s < start_s:
                 start, start_s, best = (at_s, seat, prefill_s, None), at_s, seat
-    firsts = [lane.first(spread) for lane in fleet.prefill_lanes]
-    for seat in firsts:
+    for lane in fleet.prefill_lanes:
+        seat = lane.first(spread)
         if seat is best:
             continue
         prefill_s = seat.prefill_s(num_left)
         at_s = seat.queue_s + prefill_s - seat.curiosity * prefill_s
         if num_held:
             if at_s < start_s:  # with all blocks that there are
-                soonest = Soonest(fleet, index, request, block_names, links)
-                soonest.search(start, firsts, held, holders)
-                start, second = soonest.best_two()
+                firsts = [lane.first(spread) for lane in fleet.prefill_lanes]
+                start, second = soonest(request, block_names, index, holders, links, deepest, held, start, firsts)
                 break
-            if seat not in prefill:
+            if seat not in here:
                 prefill_s = seat.prefill_s(num_tokens)
                 at_s = seat.queue_s + prefill_s - seat.curiosity * prefill_s
         if at_s < start_s:
@@ -76,113 +74,96 @@ def first_look(
     if start is None:
         return None
 
-    decode = _decode(fleet, index, request, block_names, links, start, others, num_held, spread)
-    if decode is None:
-        return None
-    chosen, other = decode
-    _, _, seat, transfer_s, num_cached = chosen
-    if second is not None:
-        pair = _pair(request, links.row(second[1].incarnation), second, seat, num_cached)
-        if pair is not None:
-            if pair[0] < chosen[0]:  # its link is that much quicker
-                chosen, other = pair, chosen
-                start, transfer_s = second, pair[3]
-            elif other is None or pair[0] < other[0]:
-                other = pair
-    if request.ttft_target_s is not None:
-        ttft_s = start[0] + start[1].curiosity * start[2] + transfer_s + seat.wait_s
-        if ttft_s > request.ttft_target_s:
-            return None
-    if request.tpot_target_s is not None and seat.view.cost.step_s(seat.running + 1) > request.tpot_target_s:
-        return None
-    other_way = _local(request, seat, num_cached)
-    return _decide((_remote(chosen), other_way if other is None else _remote(other), _REASON, other_way))
-
-
-def _decode(
-    fleet: Fleet,
-    index: PrefixIndex,
-    request: RoutedRequest,
-    block_names: Sequence[bytes],
-    links: LinkView,
-    start: Start,
-    holders: Sequence[Seat],
-    num_held: int,
-    spread: int,
-) -> tuple[_Pair, _Pair | None] | None:
-    """The best for the start, and the second best: of the least loaded ones, those who hold most of the prompt, and those on
-    the same host."""
+    # Who decodes: of the least loaded ones, those who hold most of the prompt, and those on the same host.
+    start_s, prefill, _, _ = start
     tails = [lane.first(spread) for lane in fleet.decode_lanes]
     holder: Seat | None = None
-    for seat in holders:
+    for seat in others:
         if holder is None or seat.load_s < holder.load_s:
             holder = seat
     if holder is not None and holder not in tails:
         tails.append(holder)
-    near = fleet.neighbour(start[1])
+    near = prefill.host.others.least()
     if near is not None and near not in tails:
         tails.append(near)
-    row = links.row(start[1].incarnation)
-    best: _Pair | None = None
-    second: _Pair | None = None
-    some = index.holding(block_names, 1) if num_held else 0
-    for seat in tails:
-        num_cached = 0
-        if num_held and index.bits.get(seat.worker_id, 0) & some:
-            num_cached = num_held if seat is holder else index.depth_of(block_names, seat.worker_id)
-        pair = _pair(request, row, start, seat, num_cached)
-        if pair is None:
-            continue
-        if best is None or pair[0] < best[0]:
-            best, second = pair, best
-        elif second is None or pair[0] < second[0]:
-            second = pair
-    return None if best is None else (best, second)
-
-
-def _pair(request: RoutedRequest, row: Mapping[str, Link], start: Start, decode: Seat, num_cached: int) -> _Pair | None:
-    """``row``: the links of who prefills."""
-    prefill = start[1]
-    if not decode.is_decode or decode.lane not in prefill.lane.peers:
-        return None
-    cost = None
-    link = row.get(decode.incarnation)
-    if link is not None:
-        if not link.is_calm:
-            return None
-        cost = link.price
-    if cost is None:
-        cost = SAME_HOST if prefill.host_id and prefill.host_id == decode.host_id else OTHER_HOST
-    num_tokens, size = request.num_tokens, request.block_size
     num_blocks = -(-num_tokens // size)
-    if num_blocks > decode.available_blocks:
+    num_last = num_blocks if num_tokens <= prefill.max_num_tokens else -(-prefill.max_num_tokens // size)
+    row = links.row(prefill.incarnation)
+    decode: Seat | None = None
+    other: Seat | None = None  # the second best
+    decode_s = other_s = NEVER_S  # prices
+    transfer_s = other_transfer_s = 0.0
+    num_cached = 0
+    for seat in tails:
+        cost = link_cost(row, prefill, seat)
+        if cost is None or num_blocks > seat.available_blocks or not seat.is_decode:
+            continue
+        num_here = 0
+        if some and index.bits.get(seat.worker_id, 0) & some:
+            num_here = num_held if seat is holder else index.depth_of(block_names, seat.worker_id)
+        num_sent = num_blocks - num_here
+        if num_sent > num_last:
+            num_sent = num_last
+        sent_s = cost.fixed_s + num_sent * request.block_bytes / cost.bytes_per_s
+        price_s = start_s + seat.load_s + sent_s
+        if price_s < decode_s:
+            other, other_s, other_transfer_s = decode, decode_s, transfer_s
+            decode, decode_s, transfer_s, num_cached = seat, price_s, sent_s, num_here
+        elif price_s < other_s:
+            other, other_s, other_transfer_s = seat, price_s, sent_s
+    if decode is None:
         return None
-    num_sent = num_blocks - num_cached
-    max_num_tokens = prefill.max_num_tokens
-    if num_sent * size > max_num_tokens and num_tokens > max_num_tokens:
-        num_sent = -(-max_num_tokens // size)
-    transfer_s = cost.fixed_s + num_sent * request.block_bytes / cost.bytes_per_s
-    return start[0] + decode.load_s + transfer_s, start, decode, transfer_s, num_cached
+
+    chosen, runner_up = (start, decode, transfer_s), None if other is None else (start, other, other_transfer_s)
+    if second is not None and second[0] + decode.load_s < other_s:
+        prefill = second[1]
+        cost = link_cost(links.row(prefill.incarnation), prefill, decode)
+        if cost is not None:
+            num_sent = num_blocks - num_cached
+            if num_sent * size > prefill.max_num_tokens < num_tokens:
+                num_sent = -(-prefill.max_num_tokens // size)
+            sent_s = cost.fixed_s + num_sent * request.block_bytes / cost.bytes_per_s
+            price_s = second[0] + decode.load_s + sent_s
+            if price_s < decode_s:  # its link is that much quicker
+                chosen, runner_up = (second, decode, sent_s), chosen
+            elif price_s < other_s:
+                runner_up = (second, decode, sent_s)
+    if (request.ttft_target_s is not None or request.tpot_target_s is not None) and not _meets_targets(
+        request, *chosen
+    ):
+        return None
+    other_way = _local(request, decode, num_cached)
+    return _new(
+        RoutingDecision, (_remote(*chosen), other_way if runner_up is None else _remote(*runner_up), _REASON, other_way)
+    )
 
 
-def _remote(pair: _Pair) -> Candidate:
-    _, (_, prefill, prefill_s, fetch), decode, transfer_s, _ = pair
-    interference_s = decode.crowding_s + decode.queue_s
-    worth_s = prefill.curiosity * prefill_s
-    return _make(
+def _meets_targets(request: RoutedRequest, start: Start, decode: Seat, transfer_s: float) -> bool:
+    """Those that the request has, by prediction."""
+    start_s, prefill, prefill_s, _ = start
+    ttft_s = start_s + prefill.curiosity * prefill_s + transfer_s + decode.wait_s
+    if request.ttft_target_s is not None and ttft_s > request.ttft_target_s:
+        return False
+    return request.tpot_target_s is None or decode.view.cost.step_s(decode.running + 1) <= request.tpot_target_s
+
+
+def _remote(start: Start, decode: Seat, transfer_s: float) -> Candidate:
+    _, prefill, prefill_s, fetch = start
+    return _new(
+        Candidate,
         (
-            Mode.REMOTE,
+            _REMOTE,
             decode.view,
             prefill.view,
             prefill.queue_s,
             prefill_s,
             transfer_s,
             decode.wait_s,
-            interference_s,
-            fetch,
+            decode.crowding_s + decode.queue_s,
+            None if fetch is None else FetchPlan._make(fetch),
             0,
-            worth_s,
-        )
+            prefill.curiosity * prefill_s,
+        ),
     )
 
 
@@ -192,6 +173,7 @@ def _local(request: RoutedRequest, decode: Seat, num_cached: int) -> Candidate:
     prefill_s = decode.prefill_s(num_left if num_left > 0 else 1)
     stall_s = prefill_s * decode.running + decode.crowding_s
     worth_s = decode.curiosity * prefill_s
-    return _make(
-        (Mode.LOCAL, decode.view, None, decode.queue_s, prefill_s, 0.0, decode.wait_s, stall_s, None, 0, worth_s)
+    return _new(
+        Candidate,
+        (_LOCAL, decode.view, None, decode.queue_s, prefill_s, 0.0, decode.wait_s, stall_s, None, 0, worth_s),
     )

@@ -8,9 +8,10 @@ looks at the head of each lane, at those that hold the prompt's blocks, and at n
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import TypeAlias
 
 from baton.kvtransfer.versions import VersionRange
@@ -22,8 +23,6 @@ from baton.services.core.pricing import batch_wait_s, crowding_s
 LANE_SPREAD = 1.1
 _LOG_SPREAD = math.log(LANE_SPREAD)
 _MAX_HOST_NEIGHBOURS = 16  # with more on a host, the head of a lane is on it soon enough
-# Loads closer than this are equal; below it, a worker's number makes its place in the lane its own.
-_SAME_S, _NUMBER_S = 1e-9, 1e-13
 
 LaneKey: TypeAlias = tuple[Role, str, VersionRange, int]
 
@@ -32,39 +31,45 @@ class Seat:
     """One worker: its last report, and its load since. Seconds are those that the router's prices are made of."""
 
     __slots__ = (
+        "at",
         "available_blocks",
         "crowding_each_s",
         "crowding_s",
         "curiosity",
         "curve",
         "floor_s",
+        "host",
         "host_id",
         "incarnation",
         "is_decode",
         "is_prefill",
+        "kin",
         "lane",
         "load_s",
         "max_num_seqs",
         "max_num_tokens",
-        "number",
-        "place",
+        "placed_s",
         "queue_s",
         "queued_tokens",
         "running",
+        "strangers",
         "token_s",
         "view",
         "wait_s",
         "worker_id",
     )
 
-    def __init__(self, view: WorkerView, lane: Lane, number: int) -> None:
+    def __init__(self, view: WorkerView, lane: Lane, host: Host) -> None:
         self.worker_id = view.worker_id
         self.lane = lane
-        self.number = number
+        self.host = host
         self.is_prefill = view.role is Role.PREFILL
         self.is_decode = view.role is Role.DECODE
+        self.kin, self.strangers = host.prefill, host.others
+        if not self.is_prefill:
+            self.kin, self.strangers = host.others, host.prefill
         self.crowding_s = self.wait_s = 0.0
-        self.place = 0.0  # its key in the lane
+        self.placed_s, self.at = 0.0, 0  # where it stands in the lane
         self.set_view(view)
 
     def set_view(self, view: WorkerView) -> None:
@@ -89,6 +94,7 @@ class Seat:
             self.crowding_s = busy_s = self.crowding_each_s * running
             self.wait_s = wait_s = 0.0 if running < self.max_num_seqs else batch_wait_s(self.view, running)
             self.load_s = queue_s + busy_s + wait_s
+        self.kin._least = None
 
     def prefill_s(self, num_tokens: int) -> float:
         """See ``WorkerCost.prefill_s``."""
@@ -105,72 +111,93 @@ class Seat:
         return view
 
 
-class Lane:
-    """Workers alike, least loaded first. A seat whose load has grown moves when its turn comes; until then it stands too far in
-    front, so the one that is found is never more loaded than one that is not."""
+class Host:
+    """The workers of one machine. Who does not tell is on one where nobody is."""
 
-    __slots__ = ("key", "peers", "places", "seats")
+    __slots__ = ("others", "prefill")
+
+    def __init__(self) -> None:
+        self.prefill = Neighbours()
+        self.others = Neighbours()
+
+
+class Neighbours:
+    """Those of one kind on one host."""
+
+    __slots__ = ("_least", "seats")
+
+    def __init__(self) -> None:
+        self.seats: list[Seat] = []
+        self._least: Seat | None = None  # None: not known
+
+    def add(self, seat: Seat) -> None:
+        self.seats.append(seat)
+        self._least = None
+
+    def remove(self, seat: Seat) -> None:
+        self.seats.remove(seat)
+        self._least = None
+
+    def least(self) -> Seat | None:
+        """The least loaded one, where there are few."""
+        least = self._least
+        if least is None and 0 < len(self.seats) <= _MAX_HOST_NEIGHBOURS:
+            least = self.seats[0]
+            for seat in self.seats:
+                if seat.load_s < least.load_s:
+                    least = seat
+            self._least = least
+        return least
+
+
+class Lane:
+    """Workers alike, in the order of their load: those of equal load share a place."""
+
+    __slots__ = ("key", "loads", "peers", "places")
 
     def __init__(self, key: LaneKey) -> None:
         self.key = key
-        self.seats: list[Seat] = []
-        self.places: list[float] = []  # of the seats
+        self.loads: list[float] = []  # that occur, least first
+        self.places: dict[float, list[Seat]] = {}  # by load
         self.peers: set[Lane] = set()  # lanes that exchange blocks with it
 
+    def __iter__(self) -> Iterator[Seat]:
+        """The least loaded first."""
+        for load_s in self.loads:
+            yield from self.places[load_s]
+
     def insert(self, seat: Seat) -> None:
-        seat.place = place = seat.load_s + seat.number * _NUMBER_S
-        at = bisect_left(self.places, place)
-        self.places.insert(at, place)
-        self.seats.insert(at, seat)
+        load_s = seat.placed_s = seat.load_s
+        place = self.places.get(load_s)
+        if place is None:
+            place = self.places[load_s] = []
+            insort(self.loads, load_s)
+        seat.at = len(place)
+        place.append(seat)
 
     def remove(self, seat: Seat) -> None:
-        seats = self.seats
-        at = bisect_left(self.places, seat.place)
-        while seats[at] is not seat:  # loads of hours leave no room for the numbers
-            at += 1
-        del self.places[at], seats[at]
+        load_s = seat.placed_s
+        place = self.places[load_s]
+        last = place.pop()
+        if last is not seat:
+            place[seat.at] = last
+            last.at = seat.at
+        elif not place:
+            del self.places[load_s], self.loads[bisect_left(self.loads, load_s)]
 
     def first(self, spread: int) -> Seat:
         """The least loaded one; which of equal ones ``spread`` tells, a number that the request has: equal workers share equal
         work."""
-        seats, places = self.seats, self.places
-        while True:
-            at = 0
-            if len(places) > 1 and places[1] - places[0] <= _SAME_S:
-                at = spread % bisect_left(places, places[0] + _SAME_S)
-            seat = seats[at]
-            if seat.load_s <= seat.place:
-                return seat
-            del places[at], seats[at]
-            self.insert(seat)
+        place = self.places[self.loads[0]]
+        return place[spread % len(place)]
 
     def first_of(self, holders: int, bits: Mapping[str, int]) -> Seat | None:
         """The least loaded one whose bit is among ``holders``."""
-        seats = self.seats
-        at = 0
-        while at < len(seats):
-            seat = seats[at]
-            if seat.load_s > seat.place:
-                del self.places[at], seats[at]
-                self.insert(seat)
-            elif bits.get(seat.worker_id, 0) & holders:
-                return seat
-            else:
-                at += 1
-        return None
+        return next((seat for seat in self if bits.get(seat.worker_id, 0) & holders), None)
 
     def head(self, count: int) -> list[Seat]:
         """The least loaded ones."""
-        seats = self.seats
-        at = 0
-        while at < count and at < len(seats):
-            seat = seats[at]
-            if seat.load_s <= seat.place:
-                at += 1
-            else:
-                del self.places[at], seats[at]
-                self.insert(seat)
-        return seats[:count]
+        return list(islice(self, count))
 
 
 class Fleet:
@@ -184,8 +211,7 @@ class Fleet:
         self.version = 0
         """Changes when a worker comes, goes or begins anew."""
         self._lanes: dict[LaneKey, Lane] = {}
-        self._hosts: dict[str, tuple[list[Seat], list[Seat]]] = {}  # those that prefill, and the others
-        self._free_numbers: list[int] = []
+        self._hosts: dict[str, Host] = {}
 
     def __len__(self) -> int:
         return len(self.seats)
@@ -194,27 +220,27 @@ class Fleet:
         """A worker has come, or has reported. Its load in ``view`` holds until it is changed."""
         seat = self.seats.get(view.worker_id)
         if seat is not None:
-            if seat.lane.key == _lane_key(view) and seat.view.host_id == view.host_id:
+            if seat.lane.key == _lane_key(view) and seat.host_id == view.host_id:
                 seat.lane.remove(seat)
                 self.version += view.incarnation != seat.incarnation
                 seat.set_view(view)
                 seat.lane.insert(seat)
                 return
             self.remove(view.worker_id)
-        number = self._free_numbers.pop() if self._free_numbers else len(self.seats)
-        seat = self.seats[view.worker_id] = Seat(view, self._lane(view), number)
+        host = self._hosts.setdefault(view.host_id, Host()) if view.host_id else Host()
+        seat = self.seats[view.worker_id] = Seat(view, self._lane(view), host)
         seat.lane.insert(seat)
         self.num_prefill += seat.is_prefill
         self.version += 1
         if view.host_id:
-            self._hosts.setdefault(view.host_id, ([], []))[not seat.is_prefill].append(seat)
+            seat.kin.add(seat)
 
     def set_load(self, worker_id: str, queued_tokens: int, running: int) -> None:
         """What a worker has to do has changed since its report."""
         seat = self.seats.get(worker_id)
         if seat is not None:
             seat.set_load(queued_tokens, running)
-            if seat.load_s < seat.place - _SAME_S:
+            if seat.load_s != seat.placed_s:
                 seat.lane.remove(seat)
                 seat.lane.insert(seat)
 
@@ -225,15 +251,13 @@ class Fleet:
             return
         lane = seat.lane
         lane.remove(seat)
-        self._free_numbers.append(seat.number)
         self.num_prefill -= seat.is_prefill
         self.version += 1
-        if seat.view.host_id:
-            neighbours = self._hosts[seat.view.host_id]
-            neighbours[not seat.is_prefill].remove(seat)
-            if not any(neighbours):
-                del self._hosts[seat.view.host_id]
-        if not lane.seats:
+        if seat.host_id:
+            seat.kin.remove(seat)
+            if not (seat.host.prefill.seats or seat.host.others.seats):
+                del self._hosts[seat.host_id]
+        if not lane.loads:
             del self._lanes[lane.key]
             self._lanes_like(seat).remove(lane)
             for peer in tuple(lane.peers):
@@ -242,28 +266,13 @@ class Fleet:
     def views(self) -> list[WorkerView]:
         return [seat.current_view() for seat in self.seats.values()]
 
-    def prefill_on(self, host_id: str) -> Sequence[Seat]:
-        """The prefill workers of a host, where there are few."""
-        found = self._hosts.get(host_id)
-        return () if found is None or len(found[0]) > _MAX_HOST_NEIGHBOURS else found[0]
-
-    def neighbour(self, seat: Seat) -> Seat | None:
-        """The least loaded worker of the other kind on its host, where there are few."""
-        found = self._hosts.get(seat.host_id)
-        return None if found is None else _least_loaded(found[seat.is_prefill])
-
-    def least_loaded_on(self, host_id: str) -> list[Seat]:
-        """Of each kind, where there are few."""
-        found = self._hosts.get(host_id, ())
-        return [seat for seats in found if (seat := _least_loaded(seats)) is not None]
-
     def _lane(self, view: WorkerView) -> Lane:
         key = _lane_key(view)
         lane = self._lanes.get(key)
         if lane is None:
             lane = Lane(key)
             for other in self._lanes.values():
-                if other.seats[0].view.exchanges_blocks_with(view):
+                if other.first(0).view.exchanges_blocks_with(view):
                     lane.peers.add(other)
                     other.peers.add(lane)
             lane.peers.add(lane)
@@ -273,16 +282,6 @@ class Fleet:
 
     def _lanes_like(self, seat: Seat) -> list[Lane]:
         return self.prefill_lanes if seat.is_prefill else self.decode_lanes
-
-
-def _least_loaded(seats: Sequence[Seat]) -> Seat | None:
-    if not 0 < len(seats) <= _MAX_HOST_NEIGHBOURS:
-        return None
-    best = seats[0]
-    for seat in seats:
-        if seat.load_s < best.load_s:
-            best = seat
-    return best
 
 
 def _lane_key(view: WorkerView) -> LaneKey:

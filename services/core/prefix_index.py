@@ -27,9 +27,6 @@ class Level(NamedTuple):
     holders: int
 
 
-NOBODY = Level(0, 0)
-
-
 class PrefixIndex:
     """Block name -> workers that hold it, fed by sequence-numbered KV events.
 
@@ -118,12 +115,12 @@ class PrefixIndex:
             return levels[:max_levels]
         return self._halve(names, max_levels)
 
-    def deepest(self, names: Sequence[bytes]) -> Level:
-        """The first of ``levels``; of no blocks where nobody holds the first one."""
+    def deepest(self, names: Sequence[bytes]) -> tuple[int, int, int]:
+        """The first of ``levels``, of no blocks where nobody holds the first one; and whoever holds that one."""
         known = self._by_name.get
-        held = known(names[0], 0)
+        some = held = known(names[0], 0)
         if not held:
-            return NOBODY
+            return 0, 0, 0
         low, high = 1, len(names) + 1
         while high - low > 1:
             middle = (low + high) >> 1
@@ -132,7 +129,20 @@ class PrefixIndex:
                 low, held = middle, there
             else:
                 high = middle
-        return Level(low, held)
+        return low, held, some
+
+    def deepest_of(self, names: Sequence[bytes], some: int, num_blocks: int) -> tuple[int, int]:
+        """The same among those who hold the first block, but less than ``num_blocks``."""
+        known = self._by_name.get
+        low, high, held = 1, num_blocks, some
+        while high - low > 1:
+            middle = (low + high) >> 1
+            there = known(names[middle - 1], 0) & held
+            if there:
+                low, held = middle, there
+            else:
+                high = middle
+        return low, held
 
     def holding(self, names: Sequence[bytes], number: int) -> int:
         """Those that hold the block with this number, from 1 on, as bits."""

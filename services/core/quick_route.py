@@ -110,13 +110,14 @@ class FleetRouter:
         levels = self._index.levels(block_names, _MAX_LEVELS) if block_names else []
         near: list[Seat] = []
         for level in levels:
-            for seats in self._holders.among(level.holders):
+            for seats in self._holders.among(level.holders)[:2]:
                 least = seats if len(seats) <= _MAX_HOLDERS else sorted(seats, key=_load_s)[:_MAX_HOLDERS]
                 for seat in least:
                     few.add(seat, level.num_blocks)
                 if level is levels[0] and request.fetch is not None:
-                    for host_id in dict.fromkeys(seat.host_id for seat in least):  # in one order everywhere
-                        near += fleet.least_loaded_on(host_id)
+                    for host in dict.fromkeys(seat.host for seat in least):  # in one order everywhere
+                        least_of_kind = (host.prefill.least(), host.others.least())
+                        near += [neighbour for neighbour in least_of_kind if neighbour is not None]
         spread = zlib.crc32(request.request_id.encode())
         for lanes in (fleet.prefill_lanes, fleet.decode_lanes):
             best: Seat | None = None
@@ -125,9 +126,9 @@ class FleetRouter:
                     if best is None or seat.load_s < best.load_s:
                         best = seat
                     near.append(seat)
-            neighbour = None if best is None else fleet.neighbour(best)
-            if neighbour is not None:
-                near.append(neighbour)
+            stranger = None if best is None else best.strangers.least()
+            if stranger is not None:
+                near.append(stranger)
         for seat in near:
             if seat.worker_id not in few.cached:
                 few.add(seat, _num_cached(levels, bits, seat) if levels else 0)

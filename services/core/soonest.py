@@ -7,179 +7,177 @@ who know as little or less need no look.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from baton.services.core.candidates import RoutedRequest
-from baton.services.core.cost_model import OTHER_HOST, SAME_HOST
-from baton.services.core.fetch import FetchMode, FetchPlan, FetchPolicy
-from baton.services.core.fleet import Fleet, Seat
-from baton.services.core.holders import Holders
-from baton.services.core.links import LinkView
-from baton.services.core.prefix_index import Level, PrefixIndex
+from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost
+from baton.services.core.fetch import FetchMode
+from baton.services.core.fleet import Seat
+from baton.services.core.holders import Held, Holders, Near
+from baton.services.core.links import Link, LinkView
+from baton.services.core.prefix_index import PrefixIndex
 
 NEVER_S = 1e9
+_OFF, _ALWAYS = FetchMode.OFF, FetchMode.ALWAYS
 _MAX_LEVELS = 8
-_MAX_HOSTS = 8  # of the holders of one prefix
 
-Start: TypeAlias = tuple[float, Seat, float, FetchPlan | None]  # start_s, who prefills, prefill_s, fetch
-_plan = FetchPlan._make  # a fraction of the time of a call with names
+# Fields of a ``FetchPlan``, and who is asked. Plain tuples: most are never needed.
+Fetch: TypeAlias = tuple[str, int, int, float, float, float]
+Start: TypeAlias = tuple[float, Seat, float, Fetch | None]  # start_s, who prefills, prefill_s, fetch
+_Offer: TypeAlias = tuple[Seat, int, Seat | None, int]  # who would prefill, its own blocks, who has more, how many
 
 
-class Soonest:
-    """Starts for one request, among them the best."""
+def soonest(
+    request: RoutedRequest,
+    block_names: Sequence[bytes],
+    index: PrefixIndex,
+    holders: Holders,
+    links: LinkView,
+    deepest: tuple[int, int, int],
+    held: Held,
+    best: Start | None,
+    firsts: Sequence[Seat],
+) -> tuple[Start | None, Start | None]:
+    """The best, and the best of another worker. ``deepest``: see the index. ``held``: who hold the longest known prefix.
+    ``best``: of these. ``firsts``: the least loaded of each lane."""
+    num_held, bits, some = deepest
+    prefill, others, _ = held
+    can_fetch = request.fetch is not None and request.fetch.mode is not _OFF
+    source = best[1] if best is not None else others[0] if others else None
+    offers: list[_Offer] = []
+    if can_fetch:
+        _add_neighbours(offers, index, block_names, deepest, holders.near(held), best)
+    for seat in firsts:
+        if seat not in prefill:
+            bit = index.bits.get(seat.worker_id, 0) & some
+            offers.append((seat, index.depth(block_names, bit) if bit else 0, source, num_held))
+    best, second = _take(request, links, offers, best, None)
+    if some == bits:
+        return best, second
+    least = _least_to_win(request, firsts, best)
+    if least >= num_held or not index.holding(block_names, least) & some & ~bits:
+        return best, second
+    num_blocks, rest = num_held, some & ~bits
+    for _ in range(_MAX_LEVELS):
+        num_blocks, bits = index.deepest_of(block_names, rest, num_blocks)
+        held = holders.among(bits)
+        offers = [(seat, num_blocks, source, num_held) for seat in held[0] if seat not in firsts]
+        if can_fetch:
+            _add_neighbours(offers, index, block_names, (num_blocks, bits, some), holders.near(held), best)
+        best, second = _take(request, links, offers, best, second)
+        rest &= ~bits
+        if not rest or num_blocks <= _least_to_win(request, firsts, best):
+            break
+    return best, second
 
-    __slots__ = (
-        "_block_names",
-        "_fleet",
-        "_index",
-        "_links",
-        "_num_useful",
-        "_policy",
-        "_request",
-        "_some",
-        "best_s",
-        "starts",
-    )
 
-    def __init__(
-        self, fleet: Fleet, index: PrefixIndex, request: RoutedRequest, block_names: Sequence[bytes], links: LinkView
-    ) -> None:
-        self._fleet = fleet
-        self._index = index
-        self._request = request
-        self._block_names = block_names
-        self._links = links
-        policy = request.fetch
-        self._policy = None if policy is None or policy.mode is FetchMode.OFF else policy
-        self._num_useful = (request.num_tokens - 1) // request.block_size  # the last token is computed in any case
-        self._some = index.holding(block_names, 1)
-        self.starts: list[Start] = []
-        self.best_s = NEVER_S
-
-    def search(self, best: Start | None, firsts: Sequence[Seat], held: Level, holders: Holders) -> None:
-        """``best``: of those who hold the longest known prefix. ``firsts``: the least loaded of each lane."""
-        if best is not None:
-            self.starts.append(best)
-            self.best_s = best[0]
-        num_held, bits = held
-        prefill, others = holders.among(bits)
-        source = best[1] if best is not None else others[0] if others else None
-        if self._policy is not None:
-            self._offer_neighbours(prefill, others, num_held)
-        for seat in firsts:
-            if seat not in prefill:
-                self._offer(seat, self._num_here(seat), source, num_held)
-        if self._some == bits:
-            return
-        least = self._least_to_win(firsts)
-        if least >= num_held or not self._index.holding(self._block_names, least) & self._some & ~bits:
-            return
-        for num_blocks, bits in self._index.levels(self._block_names, _MAX_LEVELS)[1:]:
-            if num_blocks < self._least_to_win(firsts):
-                return
-            prefill, others = holders.among(bits)
-            for seat in prefill:
-                if seat.queue_s < self.best_s and seat not in firsts:
-                    self._offer(seat, num_blocks, source, num_held)
-            if self._policy is not None:
-                self._offer_neighbours(prefill, others, num_blocks)
-
-    def _num_here(self, seat: Seat) -> int:
-        bit = self._index.bits.get(seat.worker_id, 0)
-        return self._index.depth(self._block_names, bit) if bit & self._some else 0
-
-    def _least_to_win(self, firsts: Sequence[Seat]) -> int:
-        """So many blocks at least somebody must have to be the best; 1 where that is not plain."""
-        num_tokens, size = self._request.num_tokens, self._request.block_size
-        least = num_tokens
-        for seat in firsts:
-            if seat.curve or seat.curiosity:
-                return 1
-            num_left = (self.best_s - seat.queue_s) / seat.token_s
-            num_blocks = int((num_tokens - num_left) // size)
-            if num_blocks < least:
-                least = num_blocks
-        return least if least > 1 else 1
-
-    def _offer_neighbours(self, prefill: Sequence[Seat], others: Sequence[Seat], num_blocks: int) -> None:
-        """Prefill workers on the hosts of those who hold so many blocks, which are near them."""
-        bits, some = self._index.bits, self._some
-        hosts: set[str] = set()
-        for holder in (*prefill, *others) if others else prefill:
-            host_id = holder.host_id
-            if host_id in hosts:
+def _add_neighbours(
+    offers: list[_Offer],
+    index: PrefixIndex,
+    block_names: Sequence[bytes],
+    level: tuple[int, int, int],
+    near: Sequence[Near],
+    best: Start | None,
+) -> None:
+    """Prefill workers on the hosts of those who hold so many blocks, which are near them."""
+    best_s = NEVER_S if best is None else best[0]
+    num_blocks, _, some = level
+    for holder, workers, their_bits, are_alike in near:
+        least = workers.least()
+        if least is None:
+            continue
+        if are_alike and not their_bits & some:
+            # Where the holder itself is the least loaded one, others with nothing are later.
+            if least is not holder and least.queue_s < best_s:
+                offers.append((least, 0, holder, num_blocks))
+            continue
+        empty: Seat | None = None  # the least loaded one that has no block: of one lane, the others are no better
+        for seat in workers.seats:
+            queue_s = seat.queue_s
+            if queue_s >= best_s or seat is holder:
                 continue
-            hosts.add(host_id)
-            if len(hosts) > _MAX_HOSTS:
-                return
-            best_s = self.best_s
-            empty: Seat | None = None  # the least loaded one that has no block: of one lane, the others are no better
-            for seat in self._fleet.prefill_on(host_id):
-                queue_s = seat.queue_s
-                if queue_s >= best_s or seat is holder:
-                    continue
-                if bits.get(seat.worker_id, 0) & some:
-                    self._offer(seat, self._num_here(seat), holder, num_blocks)
-                elif empty is None:
-                    empty = seat
-                elif seat.lane is not empty.lane:
-                    self._offer(seat, 0, holder, num_blocks)
-                elif queue_s < empty.queue_s:
-                    empty = seat
-            if empty is not None:
-                self._offer(empty, 0, holder, num_blocks)
+            bit = index.bits.get(seat.worker_id, 0) & some
+            if bit:
+                offers.append((seat, index.depth(block_names, bit), holder, num_blocks))
+            elif empty is None:
+                empty = seat
+            elif seat.lane is not empty.lane:
+                offers.append((seat, 0, holder, num_blocks))
+            elif queue_s < empty.queue_s:
+                empty = seat
+        if empty is not None:
+            offers.append((empty, 0, holder, num_blocks))
 
-    def _offer(self, seat: Seat, num_here: int, holder: Seat | None, num_there: int) -> None:
-        """With what the holder has, if that is quicker, else with its own blocks."""
-        request = self._request
-        size = request.block_size
+
+def _take(
+    request: RoutedRequest, links: LinkView, offers: Sequence[_Offer], best: Start | None, second: Start | None
+) -> tuple[Start | None, Start | None]:
+    """The best two of these and of the two that there are. Each with what the other has, if that is quicker, else with its own
+    blocks; see ``fetch.plan_fetch``."""
+    num_tokens, size, policy = request.num_tokens, request.block_size, request.fetch
+    num_useful = 0
+    round_trips_s = 0.0
+    is_wanted = False
+    if policy is not None and policy.mode is not _OFF:
+        num_useful = (num_tokens - 1) // size  # the last token is computed in any case
+        round_trips_s = policy.round_trips_s
+        is_wanted = policy.mode is _ALWAYS
+    best_s = NEVER_S if best is None else best[0]
+    second_s = NEVER_S if second is None else second[0]
+    for seat, num_here, holder, num_there in offers:
         start_s = seat.queue_s
-        num_left = request.num_tokens - num_here * size
-        plan: FetchPlan | None = None
-        if num_there > num_here and holder is not None and self._policy is not None:
-            if num_there > self._num_useful:
-                num_there = self._num_useful
-            num_new = num_there - num_here
-            if num_new > 0 and seat.lane in holder.lane.peers:
-                plan = self._plan(seat, holder, num_there, num_new, self._policy)
-                if plan is not None:
-                    num_left -= num_new * size
-                    start_s += plan[3]
+        if start_s >= second_s:
+            continue
+        num_left = num_tokens - num_here * size
+        num_new = (num_there if num_there < num_useful else num_useful) - num_here
+        fetch: Fetch | None = None
+        if num_new > 0 and holder is not None:
+            compute_s = num_new * size * seat.token_s
+            if compute_s > round_trips_s or is_wanted:
+                cost = link_cost(links.row(holder.incarnation), holder, seat)
+                if cost is not None:
+                    fetch_s = round_trips_s + cost.fixed_s + num_new * request.block_bytes / cost.bytes_per_s
+                    if fetch_s < compute_s or is_wanted:
+                        assert policy is not None
+                        patience_s = policy.min_patience_s + compute_s
+                        fetch = (holder.worker_id, num_here + num_new, num_new, fetch_s, compute_s, patience_s)
+                        start_s += fetch_s
+                        num_left -= num_new * size
         prefill_s = seat.prefill_s(num_left if num_left > 0 else 1)
         start_s += prefill_s - seat.curiosity * prefill_s
-        self.starts.append((start_s, seat, prefill_s, plan))
-        if start_s < self.best_s:
-            self.best_s = start_s
+        if start_s < best_s:
+            if best is not None and best[1] is not seat:
+                second, second_s = best, best_s
+            best, best_s = (start_s, seat, prefill_s, fetch), start_s
+        elif start_s < second_s and (best is None or seat is not best[1]):
+            second, second_s = (start_s, seat, prefill_s, fetch), start_s
+    return best, second
 
-    def _plan(self, needer: Seat, holder: Seat, num_blocks: int, num_new: int, policy: FetchPolicy) -> FetchPlan | None:
-        """See ``fetch.plan_fetch``; there is one to ask."""
-        request = self._request
-        compute_s = num_new * request.block_size * needer.token_s
-        round_trips_s = policy.round_trips_s
-        is_wanted = policy.mode is FetchMode.ALWAYS
-        if compute_s <= round_trips_s and not is_wanted:
-            return None
-        cost = SAME_HOST if holder.host_id and holder.host_id == needer.host_id else OTHER_HOST
-        link = self._links.row(holder.incarnation).get(needer.incarnation)
-        if link is not None:
-            if not link.is_calm:
-                return None
-            cost = link.price or cost
-        fetch_s = round_trips_s + cost.fixed_s + num_new * request.block_bytes / cost.bytes_per_s
-        if fetch_s >= compute_s and not is_wanted:
-            return None
-        return _plan((holder.worker_id, num_blocks, num_new, fetch_s, compute_s, policy.min_patience_s + compute_s))
 
-    def best_two(self) -> tuple[Start | None, Start | None]:
-        """The best, and the best of another worker."""
-        best: Start | None = None
-        second: Start | None = None
-        for start in self.starts:
-            if best is None or start[0] < best[0]:
-                if best is not None and best[1] is not start[1]:
-                    second = best
-                best = start
-            elif start[1] is not best[1] and (second is None or start[0] < second[0]):
-                second = start
-        return best, second
+def _least_to_win(request: RoutedRequest, firsts: Sequence[Seat], best: Start | None) -> int:
+    """So many blocks at least somebody must have to be the best; 1 where that is not plain."""
+    num_tokens, size = request.num_tokens, request.block_size
+    best_s = NEVER_S if best is None else best[0]
+    least = num_tokens
+    for seat in firsts:
+        if seat.curve or seat.curiosity:
+            return 1
+        num_left = (best_s - seat.queue_s) / seat.token_s
+        num_blocks = int((num_tokens - num_left) // size)
+        if num_blocks < least:
+            least = num_blocks
+    return least if least > 1 else 1
+
+
+def link_cost(row: Mapping[str, Link], source: Seat, target: Seat) -> LinkCost | None:
+    """What it costs to send blocks; None: they cannot be sent, or something speaks against it. ``row``: the source's links."""
+    if target.lane not in source.lane.peers:
+        return None
+    link = row.get(target.incarnation)
+    if link is not None:
+        if not link.is_calm:
+            return None
+        if link.price is not None:
+            return link.price
+    return SAME_HOST if source.host is target.host else OTHER_HOST

@@ -270,7 +270,7 @@ def test_the_head_of_a_lane_is_never_more_loaded_than_what_follows(
         assert len(fleet.views()) == len(fleet) == len(fleet.seats)
         assert fleet.num_prefill == sum(seat.is_prefill for seat in fleet.seats.values())
         for lane in (*fleet.prefill_lanes, *fleet.decode_lanes):
-            loads = sorted(seat.load_s for seat in lane.seats)
+            loads = sorted(seat.load_s for seat in lane)
             assert lane.first(7).load_s == loads[0]
             assert [seat.load_s for seat in lane.head(3)] == loads[:3]
 
@@ -288,6 +288,11 @@ def test_levels_tell_what_matches_tell(depths: list[int], num_blocks: int) -> No
     assert {worker: level.num_blocks for level in levels for worker in index.holders(level.holders)} == matches
     assert [level.num_blocks for level in levels] == sorted(set(matches.values()), reverse=True)
     assert index.levels(names, 2) == levels[:2]
-    assert index.deepest(names) == (levels[0] if levels else (0, 0))
+    below, rest = num_blocks + 1, index.holding(names, 1)
+    for level in levels:
+        assert index.deepest_of(names, rest, below) == level
+        below, rest = level.num_blocks, rest & ~level.holders
+    assert not rest
+    assert index.deepest(names) == (*(levels[0] if levels else (0, 0)), index.holding(names, 1))
     for worker_id, bit in index.bits.items():
         assert index.depth(names, bit) == matches.get(worker_id, 0)
