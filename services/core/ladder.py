@@ -12,7 +12,7 @@ verified blocks, another pair, a decode worker alone, waiting for a worker, givi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -20,6 +20,7 @@ from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.ladder_steps import (
     PAIR_FAILURES,
     PASSING_REFUSALS,
+    Alive,
     Attempt,
     Avoided,
     Choose,
@@ -113,11 +114,12 @@ class Ladder:
 
     # Events.
 
-    def on_workers(self, choose: Choose, alive: Collection[str], now: float) -> list[Command]:
-        """The workers have changed, or it is time to look at them. ``alive``: incarnations with a link that works."""
+    def on_workers(self, choose: Choose, alive: Alive, now: float) -> list[Command]:
+        """The workers have changed, or it is time to look at them."""
         if not self.wants_workers or (now < self._look_s and not self.is_waiting):
             return []
-        self._lost.difference_update(alive)  # a link that broke and came back was no death
+        if self._lost:
+            self._lost.difference_update(alive())  # a link that broke and came back was no death
         if len(self._lost) >= self.limits.max_lost_workers:
             message = f"{len(self._lost)} workers were lost while they had this request; it is not tried on another"
             return self._end_failed(BatonError(ErrorCode.QUARANTINED, message))
@@ -234,13 +236,13 @@ class Ladder:
         self.state = LadderState.RUNNING
         return [Start(attempt, self._prompt + self.token_ids)]
 
-    def _wait(self, refusal: BatonError, alive: Collection[str], now: float) -> list[Command]:
+    def _wait(self, refusal: BatonError, alive: Alive, now: float) -> list[Command]:
         """Nobody can take it now: a worker may come, or come back, or have room again."""
         if not refusal.retryable:
             return self._end_failed(refusal)
         self._look_s = self._avoided.next_s(now)
         tried = {attempt.decision.chosen.decode.incarnation for attempt in self.attempts}
-        if math.isinf(self._look_s) and any(self._avoided.has_failed(name) for name in tried & set(alive)):
+        if math.isinf(self._look_s) and any(self._avoided.has_failed(name) for name in tried & set(alive())):
             assert self.failure is not None  # those that are there have tried, and time changes nothing
             return self._end_failed(self.failure)
         if self._wait_until_s is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -53,6 +53,8 @@ class Wish:
 
 # Answers a wish from the workers there are now; raises BatonError where it cannot be met.
 Choose: TypeAlias = Callable[[Wish], RoutingDecision]
+# Incarnations with a link that works. Asked rarely, and there may be a thousand.
+Alive: TypeAlias = Callable[[], Collection[str]]
 
 
 @dataclass(slots=True)

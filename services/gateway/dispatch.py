@@ -163,8 +163,9 @@ class WorkerDispatcher:
         now_s = self._clock()
         if now_s < ladder.wake_s and not await self._changed(ladder.wake_s):
             now_s = ladder.wake_s
-        alive = self._registry.alive()
-        commands = ladder.on_workers(lambda wish: self._choose(run, wish), alive, max(self._clock(), now_s))
+        commands = ladder.on_workers(
+            lambda wish: self._choose(run, wish), self._registry.alive, max(self._clock(), now_s)
+        )
         return self._do(run, commands)
 
     def _on_arrival(self, run: _Run, arrival: Arrival) -> list[TokenDelta]:

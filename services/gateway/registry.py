@@ -82,6 +82,7 @@ class Registry:
         self._reported = Reported()
         self._unsummed: set[str] = set()  # workers that the sums do not show as they are
         self._workers: dict[str, KnownWorker] = {}
+        self._model: KnownWorker | None = None  # whose blocks requests are named for, while it can be used
         self._replaced: dict[str, str] = {}  # worker id -> the older incarnation that was told of last
         self._waiters: set[asyncio.Future[bool]] = set()
         self._unanswered: set[str] = set()  # static addresses that nobody has answered from yet
@@ -219,10 +220,10 @@ class Registry:
 
     def compatibility(self) -> pb.Compatibility | None:
         """Of the blocks that decode workers take: one that can be used, if there is one. None while nobody is known."""
-        ranked = sorted(
-            self._workers.values(), key=lambda known: (known.link.role is Role.PREFILL, not known.is_usable)
-        )
-        return ranked[0].status.compatibility if ranked else None
+        known = self._model
+        if known is None or self._workers.get(known.link.worker_id) is not known or _unfitness(known) != (False, False):
+            known = self._model = min(self._workers.values(), key=_unfitness, default=None)
+        return None if known is None else known.status.compatibility
 
     def describe(self) -> list[dict[str, object]]:
         """``GET /v1/workers``."""
@@ -311,6 +312,11 @@ async def _ask_status(channel: grpc.aio.Channel) -> pb.WorkerStatus:
             if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                 raise
     raise BatonError(ErrorCode.NOT_FOUND, "this address has neither a prefill nor a decode service")
+
+
+def _unfitness(known: KnownWorker) -> tuple[bool, bool]:
+    """To say what decode workers take: smaller is better."""
+    return known.link.role is Role.PREFILL, not known.is_usable
 
 
 def _load(known: KnownWorker) -> tuple[int, int]:

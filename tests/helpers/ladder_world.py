@@ -88,7 +88,7 @@ class LadderWorld:
 
     def look_now(self) -> None:
         """Shows the ladder the workers that there are."""
-        self.apply(self.ladder.on_workers(self._route, set(self.workers), self.now))
+        self.apply(self.ladder.on_workers(self._route, lambda: set(self.workers), self.now))
 
     def choose(self) -> tuple[str | None, str]:
         """Looks, and it must find some: the incarnations of prefill and decode worker."""

@@ -210,6 +210,13 @@ async def test_block_names_are_those_of_workers_that_decode(known: Known) -> Non
         assert known.registry.compatibility() == other
         known.registry.heard(decode.status())
         assert known.registry.compatibility() == decode.status().compatibility
+        await eventually(lambda: known.usable == ["d", "p"])
+        async with run_worker("d2", Role.DECODE) as second:
+            known.registry.heard(second.status(compatibility=other))
+            await eventually(lambda: known.usable == ["d", "d2", "p"])
+            assert known.registry.compatibility() == decode.status().compatibility
+            known.registry.heard(decode.status(), leaving=True)
+            assert known.registry.compatibility() == other
 
 
 def test_any_difference_of_blocks_keeps_workers_apart() -> None:
