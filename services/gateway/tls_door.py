@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.gateway.auth import OPEN_PATHS
 from baton.services.gateway.errors import public_error
-from baton.services.runtime.role_check import Sparingly
+from baton.services.runtime.sparingly import Sparingly
 from baton.services.runtime.tls import TLSFiles
 
 _HANDSHAKE_TIMEOUT_S = 10.0

@@ -17,7 +17,7 @@ from baton.services.core.router import Role
 from baton.services.runtime import grpc as runtime_grpc
 from baton.services.runtime.certificates import peer_of
 from baton.services.runtime.peers import WORKER, WORKER_NAME, refusal
-from baton.services.runtime.role_check import Sparingly
+from baton.services.runtime.sparingly import Sparingly
 from baton.services.runtime.tls import TLSFiles
 from baton.services.worker.step_loop import StepLoop
 

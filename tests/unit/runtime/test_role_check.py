@@ -24,7 +24,6 @@ from baton.services.runtime.certificates import NOBODY, Peer, peer_of
 from baton.services.runtime.grpc import bind_server, create_channel, create_internal_server
 from baton.services.runtime.health import Health
 from baton.services.runtime.peers import ALLOWED, refusal
-from baton.services.runtime.role_check import Sparingly
 from baton.services.runtime.tls import TLSFiles
 
 OPEN = "/baton.api.decode.v1.DecodeService/Open"
@@ -226,15 +225,3 @@ def test_roles_stand_in_uris(uris: list[str], peer: Peer) -> None:
 
 def test_nobody_is_refused_everywhere() -> None:
     assert refusal(NOBODY, "", frozenset({"worker"})) is not None
-
-
-def test_the_log_has_one_line_in_a_while_for_each_peer() -> None:
-    now = 0.0
-    log = Sparingly(lambda: now)
-    with capture_logs() as logs:
-        for _ in range(5):
-            log.warn("refused", "a", peer="a")
-        log.warn("refused", "b", peer="b")
-        now = 11.0
-        log.warn("refused", "a", peer="a")
-    assert [(line["peer"], line.get("unsaid")) for line in logs] == [("a", None), ("b", None), ("a", 4)]
