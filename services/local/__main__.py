@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -123,6 +123,11 @@ _AdminKey = Annotated[
 ]
 
 
+_Timeout = Annotated[
+    float, typer.Option(help="Seconds that running requests get; what is left goes on elsewhere.", min=0.001, max=3600)
+]
+
+
 def _use_ca(path: Path | None) -> Path | None:
     """For this command and what it starts."""
     if path is not None:
@@ -213,6 +218,12 @@ def _chat(
     return chat(url, api_key, question, ChatOptions(model, system, session_id, max_tokens, temperature))
 
 
+def _pem(variable: str, what: str) -> Any:
+    return typer.Option(
+        help=f"{what} To be looked at.", envvar=variable, metavar="FILE", rich_help_panel="Certificates"
+    )
+
+
 @app.command("doctor")
 def _doctor(
     model: Annotated[str | None, typer.Option(help="Model folder. Default: the bundled one.", metavar="DIR")] = None,
@@ -225,20 +236,29 @@ def _doctor(
     port: Annotated[int, typer.Option(help="REST port.", envvar="BATON_PORT", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC port.", envvar="BATON_GRPC_PORT", min=1, max=65535)] = 8001,
     kv_cache_memory: Annotated[str, typer.Option(help="Of each worker.", metavar="SIZE")] = "1GiB",
+    tls_cert_file: Annotated[Path | None, _pem("BATON_TLS_CERT_FILE", "Certificate between processes.")] = None,
+    tls_key_file: Annotated[Path | None, _pem("BATON_TLS_KEY_FILE", "Its private key.")] = None,
+    tls_ca_file: Annotated[Path | None, _pem("BATON_TLS_CA_FILE", "CA of the other processes.")] = None,
+    ssl_certfile: Annotated[Path | None, _pem("BATON_SSL_CERTFILE", "Certificate towards clients.")] = None,
+    ssl_keyfile: Annotated[Path | None, _pem("BATON_SSL_KEYFILE", "Its private key.")] = None,
+    ssl_ca_certs: Annotated[Path | None, _pem("BATON_SSL_CA_CERTS", "CA of clients.")] = None,
     as_json: _Json = False,
 ) -> int:
-    """Check this machine, a model folder and a running gateway; say how to mend what is wrong."""
+    """Check this machine, a model folder, certificates and a running gateway; say how to mend what is wrong."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    from baton.services.local.doctor import Questions, doctor
+    from baton.services.local.doctor import PemFiles, Questions, doctor
     from baton.services.runtime.net import format_address
 
     try:
         kv_cache_bytes = TypeAdapter(ByteSize).validate_python(kv_cache_memory)
     except ValidationError:
         raise SettingsError([f"--kv-cache-memory: not a size: {kv_cache_memory}"]) from None
-    url = url or f"http://{format_address(host, port)}"
-    return doctor(Questions(model, url, api_key, host, port, grpc_port, kv_cache_bytes), as_json=as_json)
+    between = PemFiles(tls_cert_file, tls_key_file, tls_ca_file)
+    public = PemFiles(ssl_certfile, ssl_keyfile, ssl_ca_certs)
+    url = url or f"{'http' if ssl_certfile is None else 'https'}://{format_address(host, port)}"
+    questions = Questions(model, url, api_key, host, port, grpc_port, kv_cache_bytes, between, public)
+    return doctor(questions, as_json=as_json)
 
 
 @app.command("blocks")
@@ -260,10 +280,7 @@ def _drain(
     worker: Annotated[str, typer.Argument(help="The worker's id.", metavar="WORKER")],
     url: _AdminUrl = "http://127.0.0.1:8000",
     api_key: _AdminKey = None,
-    timeout_s: Annotated[
-        float,
-        typer.Option(help="Seconds that running requests get; what is left goes on elsewhere.", min=0.001, max=3600),
-    ] = 30.0,
+    timeout_s: _Timeout = 30.0,
 ) -> int:
     """Take a worker out of use: nothing new, then wait until it holds nothing any more."""
     from baton.services.local.blocks import drain_worker
@@ -277,10 +294,7 @@ def _role(
     role: Annotated[Literal["prefill", "decode"], typer.Argument(help="What it is to do.")],
     url: _AdminUrl = "http://127.0.0.1:8000",
     api_key: _AdminKey = None,
-    timeout_s: Annotated[
-        float,
-        typer.Option(help="Seconds that running requests get; what is left goes on elsewhere.", min=0.001, max=3600),
-    ] = 30.0,
+    timeout_s: _Timeout = 30.0,
 ) -> int:
     """Give a worker another role while it runs."""
     from baton.services.local.blocks import change_role

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -30,6 +31,19 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class PemFiles:
+    """A certificate, its key, and the CA of the other side."""
+
+    certificate: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+
+    @property
+    def given(self) -> bool:
+        return (self.certificate, self.key, self.ca) != (None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
 class Questions:
     """What to look at. ``model`` None: the bundled one."""
 
@@ -40,6 +54,8 @@ class Questions:
     port: int
     grpc_port: int
     kv_cache_bytes: int
+    between: PemFiles = PemFiles()  # processes
+    public: PemFiles = PemFiles()  # towards clients
 
 
 Check = Callable[[Questions], Iterator[Finding]]
@@ -49,13 +65,14 @@ _MARKS = {Level.OK: ("ok  ", "green"), Level.WARN: ("warn", "yellow"), Level.FAI
 
 def doctor(questions: Questions, *, as_json: bool) -> int:
     """Prints every finding; 1 where one failed."""
+    from baton.services.local.doctor_certificates import check_certificates
     from baton.services.local.doctor_gateway import check_gateway
     from baton.services.local.doctor_machine import MACHINE_CHECKS
     from baton.services.local.doctor_model import check_model
 
     console = Console(highlight=False, soft_wrap=True)
     findings: list[Finding] = []
-    for finding in examine(questions, [*MACHINE_CHECKS, check_model, check_gateway]):
+    for finding in examine(questions, [*MACHINE_CHECKS, check_model, check_certificates, check_gateway]):
         findings.append(finding)
         if not as_json:
             console.print(line(finding))

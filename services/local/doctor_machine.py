@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from baton.services.core.errors import ConfigurationError
 from baton.services.local.doctor import Check, Finding, Level, Questions
@@ -18,7 +19,7 @@ from baton.services.local.gateway_client import GatewayClient, GatewayUnreachabl
 from baton.services.local.nats_server import find_nats_server
 from baton.services.local.private_directory import abandoned_directories
 from baton.services.runtime.cores import num_cores
-from baton.services.runtime.net import port_problem
+from baton.services.runtime.net import format_address, port_problem
 
 _MIN_PYTHON = (3, 11)
 # A connection for each stream, and a few for each worker.
@@ -107,7 +108,7 @@ def check_ports(questions: Questions) -> Iterator[Finding]:
         problem = port_problem(questions.host, port, option)
         if problem is None:
             yield Finding(f"port {port}", Level.OK, f"free on {questions.host}")
-        elif _is_gateway(questions.host, questions.port):
+        elif _is_gateway(questions):
             yield Finding(f"port {port}", Level.OK, "in use by a running gateway")
         else:
             yield Finding(f"port {port}", Level.FAIL, problem, f"choose another with {option}")
@@ -184,10 +185,13 @@ def available_memory() -> int | None:
     return min(available, max(0, limit - used))
 
 
-def _is_gateway(host: str, port: int) -> bool:
+def _is_gateway(questions: Questions) -> bool:
+    """At the URL, where that says the port, as it does under TLS."""
+    host, port = questions.host, questions.port
+    url = questions.url if urlsplit(questions.url).port == port else f"http://{format_address(host, port)}"
     try:
-        answer = GatewayClient(host, port, timeout_s=2.0).get("/")
-    except GatewayUnreachable:
+        answer = GatewayClient.from_url(url, api_key=questions.api_key, timeout_s=2.0).get("/")
+    except (GatewayUnreachable, ValueError):
         return False
     return isinstance(answer.body, dict) and answer.body.get("name") == "baton"
 

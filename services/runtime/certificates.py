@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 # X509_V_FLAG_NO_CHECK_TIME: dates are looked at here, where it can be said what they are.
 _NO_CHECK_TIME = 0x200000
 _MAX_FLIGHTS = 8
+OTHER_NAME = (62, 64)
+"""``verify_code`` of a certificate for another name, or another address."""
 _ROLE_PATH = "/baton/"
 
 
@@ -32,6 +34,7 @@ class Certificate:
     not_after_s: float
     uris: tuple[str, ...]
     dns_names: tuple[str, ...]
+    ip_addresses: tuple[str, ...]
 
     @property
     def peer(self) -> Peer:
@@ -112,19 +115,14 @@ def load_ca(context: ssl.SSLContext, path: Path) -> None:
 
 def describe(certificate: Path, key: Path, *, as_client: bool = False) -> Certificate:
     """What the pair says of itself, whoever signed it and whenever. Raises CertificateProblem."""
-    leaf = first_certificate(read_pem(certificate, "CERTIFICATE").decode("ascii", "replace"))
-
-    def trust(context: ssl.SSLContext) -> None:
-        context.load_verify_locations(cadata=leaf)
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-
-    seen = _shown(certificate, key, trust, as_client=as_client, checks_time=False)
+    seen = _shown(certificate, key, _trusting(certificate), as_client=as_client, checks_time=False)
     names = [(str(kind), str(name)) for kind, name in seen.get("subjectAltName", ())]
     return Certificate(
         ssl.cert_time_to_seconds(seen["notBefore"]),
         ssl.cert_time_to_seconds(seen["notAfter"]),
         tuple(name for kind, name in names if kind == "URI"),
         tuple(name for kind, name in names if kind == "DNS"),
+        tuple(name for kind, name in names if kind == "IP Address"),
     )
 
 
@@ -144,6 +142,23 @@ def check_signed(certificate: Path, key: Path, ca: Path, *, as_client: bool = Fa
     _shown(certificate, key, lambda context: load_ca(context, ca), as_client=as_client, checks_time=True)
 
 
+def check_name(certificate: Path, key: Path, host: str) -> None:
+    """Raises CertificateProblem unless a client that asks for ``host``, a name or an address, finds it in the certificate."""
+    _shown(certificate, key, _trusting(certificate), as_client=False, checks_time=False, host=host)
+
+
+def check_trusted(certificate: Path, key: Path) -> None:
+    """Raises CertificateProblem unless clients here accept it: those with the CAs of SSL_CERT_FILE, or the system's."""
+    _shown(certificate, key, ssl.SSLContext.load_default_certs, as_client=False, checks_time=False)
+
+
+def ca_end_s(path: Path) -> float:
+    """When the first of the CA certificates in a file is over, in seconds since 1970. Raises CertificateProblem."""
+    context = empty_context()
+    load_ca(context, path)
+    return min(ssl.cert_time_to_seconds(str(ca["notAfter"])) for ca in context.get_ca_certs())
+
+
 def first_certificate(pem: str) -> str:
     """The leaf: certificates stand in the order in which they signed each other."""
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
@@ -155,8 +170,27 @@ def empty_context() -> ssl.SSLContext:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 
 
-def _shown(certificate: Path, key: Path, trust: Any, *, as_client: bool, checks_time: bool) -> Mapping[str, Any]:
-    """What one side sees of the certificate, shown by the other as a server's, or as a client's."""
+def _trusting(certificate: Path) -> Callable[[ssl.SSLContext], None]:
+    """Makes a context accept the certificate, whoever signed it. Raises CertificateProblem."""
+    leaf = first_certificate(read_pem(certificate, "CERTIFICATE").decode("ascii", "replace"))
+
+    def trust(context: ssl.SSLContext) -> None:
+        context.load_verify_locations(cadata=leaf)
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+
+    return trust
+
+
+def _shown(
+    certificate: Path,
+    key: Path,
+    trust: Callable[[ssl.SSLContext], None],
+    *,
+    as_client: bool,
+    checks_time: bool,
+    host: str | None = None,
+) -> Mapping[str, Any]:
+    """What one side sees of the certificate, shown by the other as a server's (at ``host``), or as a client's."""
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_mode = ssl.CERT_NONE
@@ -167,10 +201,11 @@ def _shown(certificate: Path, key: Path, trust: Any, *, as_client: bool, checks_
         looker = server
     looker.verify_mode = ssl.CERT_REQUIRED
     trust(looker)
+    client.check_hostname = host is not None
     if not checks_time:
         looker.verify_flags = ssl.VerifyFlags(looker.verify_flags | _NO_CHECK_TIME)
     try:
-        seen = _shake_hands(server, client)[1 if as_client else 0].getpeercert()
+        seen = _shake_hands(server, client, host)[1 if as_client else 0].getpeercert()
     except ssl.SSLCertVerificationError as error:
         raise CertificateProblem(_why_refused(certificate, error, as_client=as_client)) from None
     except ssl.SSLError as error:
@@ -178,11 +213,13 @@ def _shown(certificate: Path, key: Path, trust: Any, *, as_client: bool, checks_
     return seen or {}
 
 
-def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+def _shake_hands(
+    server: ssl.SSLContext, client: ssl.SSLContext, host: str | None
+) -> tuple[ssl.SSLObject, ssl.SSLObject]:
     """Both ends of a connection in memory: (client, server)."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = (
-        client.wrap_bio(to_client, to_server, server_side=False),
+        client.wrap_bio(to_client, to_server, server_side=False, server_hostname=host),
         server.wrap_bio(to_server, to_client, server_side=True),
     )
     for _ in range(_MAX_FLIGHTS):
@@ -196,6 +233,10 @@ def _why_refused(certificate: Path, error: ssl.SSLCertVerificationError, *, as_c
     if error.verify_message == "unsuitable certificate purpose":
         usage = "clientAuth" if as_client else "serverAuth"
         return f"the certificate in {certificate} lacks the extended key usage {usage}; issue one with it"
+    if error.verify_code in OTHER_NAME:
+        return (
+            f"the certificate in {certificate} has other names: {error.verify_message}; issue one that has it as well"
+        )
     if "expired" in error.verify_message:
         return f"a certificate in the chain of {certificate} has expired; renew the CA's and issue this one anew"
     return (

@@ -6,7 +6,7 @@ import os
 import ssl
 from pathlib import Path
 
-from baton.services.runtime.certificates import CertificateProblem, first_certificate, load_ca, load_pair
+from baton.services.runtime.certificates import OTHER_NAME, CertificateProblem, first_certificate, load_ca, load_pair
 
 # As curl and OpenSSL have it: a file with the CAs to trust, instead of the system's.
 CA_VARIABLE = "SSL_CERT_FILE"
@@ -43,7 +43,7 @@ def own_context(certificate: Path, key: Path) -> ssl.SSLContext:
 def advice(error: ssl.SSLError) -> str:
     """What to do about a handshake that failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in (62, 64):  # another name, another address
+        if error.verify_code in OTHER_NAME:
             return "use a host name that stands in the server's certificate"
         return "name the CA that signed the server's certificate: --ca-file FILE, or SSL_CERT_FILE"
     if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import subprocess
@@ -189,6 +190,19 @@ def test_commands_take_a_ca_and_a_certificate(world: World) -> None:
     assert (unknown.returncode, "--ca-file" in unknown.stderr) == (1, True)
     bare = _baton("status", "--url", url, env={"SSL_CERT_FILE": str(world.public.ca)})
     assert (bare.returncode, "certificate" in bare.stderr) == (1, True)
+
+
+def test_the_load_generator_takes_a_ca_and_measures(world: World, tmp_path: Path) -> None:
+    shown = {"BATON_CLIENT_CERT_FILE": str(world.client.certificate), "BATON_CLIENT_KEY_FILE": str(world.client.key)}
+    output = tmp_path / "result.json"
+    asked = ("--url", f"https://localhost:{world.server.port}", "--output", str(output), "--num-warmups", "0")
+    few = ("--num-prompts", "3", "--arrival", "all-at-once", "--input-len", "16", "--output-len", "4")
+    unknown = _baton("bench", *asked, *few, env=shown)
+    assert (unknown.returncode, "--ca-file" in unknown.stderr) == (1, True), unknown.stderr
+    good = _baton("bench", *asked, *few, "--ca-file", str(world.public.ca), env=shown)
+    assert good.returncode == 0, good.stderr
+    result = json.loads(output.read_text())
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (3, 0, 12)
 
 
 def test_the_images_health_check_asks_with_tls(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
