@@ -42,7 +42,16 @@ def load_fused_linear(
     biases = [source.tensor(f"{name}.bias", out_features) for name, out_features in parts] if bias else []
     if len(parts) == 1:
         return pack(weights[0], biases[0] if bias else None)
-    return pack(torch.cat(weights), torch.cat(biases) if bias else None)
+    return pack(_joined(weights), _joined(biases) if bias else None)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``parts`` one behind the other along their first dimension."""
+    if parts[
+        0
+    ].is_meta:  # torch joins these by way of its compiler, whose import takes longer than a small model's load
+        return parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    return torch.cat(list(parts))
 
 
 def load_conv1d(source: WeightSource, name: str, out_features: int, in_features: int) -> kernels.Linear:
@@ -144,7 +153,8 @@ class RotaryTable:
             raise ValueError("rotary layers need rotary parameters")
         self._device = device
         self._inv_freq = rope_inv_freq(config.rope, config.head_dim)
-        self._cos_sin = self._build(0)
+        # Computing no rows would do as well, but see ``_joined``.
+        self._cos_sin = torch.empty(0, 2 * len(self._inv_freq), dtype=torch.float32, device=device)
 
     def up_to(self, num_positions: int) -> torch.Tensor:
         """[at least num_positions, head_dim] float32: cosines, then sines."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,34 @@ from baton.services.engine.loader import load_model
 
 def test_an_empty_step(llama: Subject) -> None:
     assert llama.engine().step([]) == StepResult({}, {})
+
+
+def test_loading_a_model_and_a_step_of_it_need_nothing_of_torchs_compiler(
+    make_model_dir: Callable[..., Path],
+) -> None:
+    """Its import takes longer than all the rest of loading a small model, and a hundred megabytes."""
+    folders = [str(make_model_dir(family)) for family in ("llama", "qwen3", "gpt2", "opt")]
+    code = (
+        "import sys\n"
+        "from helpers.engine_driver import Driver, make_request\n"
+        "from baton.services.engine.engine import Engine\n"
+        "from baton.services.engine.loader import load_model\n"
+        "for folder in sys.argv[1:]:\n"
+        "    driver = Driver(Engine(load_model(folder, device='cpu'), num_blocks=8))\n"
+        "    driver.step([(make_request(range(5, 25)), 20)])\n"
+        "    assert driver.sampled\n"
+        "print(*sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *folders],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, "\n"), run.stdout + run.stderr
 
 
 def test_only_requests_at_their_end_are_sampled(llama: Subject) -> None:
