@@ -15,7 +15,12 @@ from baton.services.local.late_commands import LateGroup
 from baton.services.local.options import add_settings_command
 from baton.services.runtime.admin_options import ADMIN_HOST
 from baton.services.runtime.net import port_problem
-from baton.services.runtime.process import bound_primitive_caches, die_with_parent, exit_cleanly_on_signals
+from baton.services.runtime.process import (
+    bound_primitive_caches,
+    die_with_parent,
+    exit_cleanly_on_signals,
+    start_without_collector,
+)
 from baton.services.runtime.settings import GatewayOptions, GatewaySettings, ServeSettings, WorkerSettings
 from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, SettingsError, report_problems
 
@@ -46,6 +51,7 @@ def _serve(settings: ServeSettings) -> int:
 
 
 def _gateway(settings: GatewaySettings) -> int:
+    start_without_collector()
     _check_ports(settings)
     settings = with_model(settings)
     if settings.ssl_ca_certs is not None:
@@ -56,6 +62,7 @@ def _gateway(settings: GatewaySettings) -> int:
 
 
 def _worker(settings: WorkerSettings) -> int:
+    start_without_collector()
     bound_primitive_caches()
     settings = with_model(settings)
     if settings.threads_per_worker is not None:

@@ -82,9 +82,10 @@ async def _run(make_service: Callable[[], Service], drain_timeout_s: float) -> i
 
 def _rest_collector() -> None:
     """What is there when serving begins stays. To look through all of it would stop every stream for a tenth of a second, again
-    and again."""
+    and again. Starting went without it (``process.start_without_collector``)."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 async def _start(service: Service, signals: StopSignals) -> bool:

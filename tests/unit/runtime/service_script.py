@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -27,9 +28,13 @@ class Scripted:
             await asyncio.to_thread(time.sleep, 60)  # weights: a thread that cannot be interrupted
         if self._mode == "fail":
             asyncio.get_running_loop().call_soon(self._failed.set)
+        if self._mode == "collector":
+            step(f"collects {gc.isenabled()}")
         step("started")
 
     async def wait_failed(self) -> None:
+        if self._mode == "collector":
+            step(f"collects {gc.isenabled()}")
         await self._failed.wait()
         raise RuntimeError("step loop died")
 
@@ -58,6 +63,7 @@ if __name__ == "__main__":
         main._END_TIMEOUT_S = 0.5
     process.exit_cleanly_on_signals()
     process.die_with_parent()
+    process.start_without_collector()
     step(f"pid {os.getpid()}")
     if sys.argv[1] == "import":
         step("importing")

@@ -70,6 +70,12 @@ def test_a_signal_drains_then_stops_with_status_0(run: Callable[..., Running], n
     assert "Traceback" not in service.errors()
 
 
+def test_garbage_is_collected_from_when_it_serves(run: Callable[..., Running]) -> None:
+    service = run("collector").until("collects True").send(signal.SIGTERM)
+    assert service.status() == 0
+    assert service.steps()[:4] == ["start", "collects False", "started", "collects True"]
+
+
 def test_a_second_signal_stops_now(run: Callable[..., Running]) -> None:
     service = run("stubborn").until("started").send(signal.SIGTERM).until("drain").send(signal.SIGINT)
     assert service.status() == 128 + signal.SIGINT
