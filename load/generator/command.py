@@ -29,10 +29,11 @@ from baton.load.generator.traces import TraceError, parse_trace, scale_rows
 from baton.load.generator.workload import Conversation, Lengths, from_trace, made_up, num_requests, until
 from baton.load.report import machine
 from baton.services.local.options import add_settings_command
+from baton.services.runtime.certificates import CertificateProblem
 from baton.services.runtime.client_tls import CA_VARIABLE
 from baton.services.runtime.main import loop_factory
 from baton.services.runtime.process import StopSignals
-from baton.services.runtime.settings_loader import SettingsError
+from baton.services.runtime.settings_loader import EXIT_BAD_CONFIGURATION, SettingsError
 
 EXIT_FAILED = 1
 # As a shell reports a command that Ctrl-C ended.
@@ -64,6 +65,9 @@ def run_bench(settings: BenchSettings) -> int:
     except ServerUnusable as error:
         sys.stderr.write(f"baton bench: {settings.url}: {error}\n")
         return EXIT_FAILED
+    except CertificateProblem as error:
+        sys.stderr.write(f"baton bench: {error}\n")
+        return EXIT_BAD_CONFIGURATION
     if report is None:
         sys.stderr.write("baton bench: interrupted before the run began; nothing was measured\n")
         return EXIT_INTERRUPTED

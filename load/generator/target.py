@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from baton.load.generator.events import error_words
 from baton.load.generator.http_client import ConnectionBroken, HttpClient
 from baton.load.generator.prompts import Vocabulary
 from baton.services.local.demo_model.words import ADJECTIVES, NOUNS
+from baton.services.runtime.client_tls import advice
 
 Endpoint = Literal["chat", "completions"]
 
@@ -123,7 +125,8 @@ async def _call(client: HttpClient, method: str, path: str, body: Any) -> tuple[
     except TimeoutError:
         raise ServerUnusable(f"no answer to {method} {path} within {_ANSWER_S:.0f} s") from None
     except (OSError, ConnectionBroken) as error:
-        raise ServerUnusable(f"{method} {path}: {error}") from None
+        hint = f"; {advice(error)}" if isinstance(error, ssl.SSLError) else ""
+        raise ServerUnusable(f"{method} {path}: {error}{hint}") from None
     try:
         return response.status, orjson.loads(content)
     except ValueError:

@@ -139,6 +139,14 @@ def serving(
         assert not alive, f"left behind: {alive}"
 
 
+def baton(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Another command, run to its end."""
+    command = [sys.executable, "-m", "baton.services.local", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **(env or {})}
+    )
+
+
 def _wait_until_ready(server: Serving) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from helpers.oracle import Subject, expected_tokens, make_prompt, make_subject
-from helpers.serving import Serving, serving
+from helpers.serving import Serving, baton, serving
 
 OPTIONS = ("--kv-cache-memory", "32MiB", "--max-num-seqs", "32", "--dtype", "float32", "--served-model-name", "tiny")
 TIMEOUT_S = 120.0
@@ -66,14 +64,13 @@ def change(server: Serving, worker_id: str, role: str) -> dict[str, str]:
 
 def admin_url(server: Serving) -> str:
     """As the banner says."""
-    said = (re.search(r"admin\s+(http://127\.0\.0\.1:\d+) ", line) for line in server.lines)
-    return next(found[1] for found in said if found is not None)
+    shown = (re.search(r"admin\s+(http://127\.0\.0\.1:\d+) ", line) for line in server.lines)
+    return next(found[1] for found in shown if found is not None)
 
 
-def baton(*arguments: str) -> tuple[int, str]:
-    """The command's status, and what it says."""
-    command = [sys.executable, "-m", "baton.services.local", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+def said(*arguments: str) -> tuple[int, str]:
+    """A command's status, and what it says."""
+    done = baton(*arguments)
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
@@ -111,7 +108,7 @@ def test_the_last_decode_worker_stays_one(server: Serving) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "role")
     assert server.post("/v1/workers/nobody/role?role=prefill", None).status_code == 404
     assert server.post("/v1/workers/decode-1/role?role=planner", None).status_code == 400
-    assert baton("role", "decode-1", "decode", "--url", admin_url(server)) == (0, "decode-1 is now a decode worker")
+    assert said("role", "decode-1", "decode", "--url", admin_url(server)) == (0, "decode-1 is now a decode worker")
     assert roles(server) == {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
 
 
@@ -119,8 +116,8 @@ def test_the_commands_of_operators_have_a_listener_of_their_own(server: Serving)
     url = admin_url(server)
     assert httpx.get(f"{url}/v1/workers", timeout=TIMEOUT_S).json()["data"]
     assert httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a"}).status_code == 404
-    status, said = baton("blocks", "--url", url)
-    assert (status, said.splitlines()[-1]) == (0, "0 block(s) held")
-    status, said = baton("role", "nobody", "decode", "--url", url)
+    status, words = said("blocks", "--url", url)
+    assert (status, words.splitlines()[-1]) == (0, "0 block(s) held")
+    status, words = said("role", "nobody", "decode", "--url", url)
     assert status == 1
-    assert "There is no worker" in said
+    assert "There is no worker" in words

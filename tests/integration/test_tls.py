@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import httpx
 import pytest
 from helpers.certificates import Authority, Files, without_certificate
 from helpers.oracle import Subject, expected_tokens, make_prompt, make_subject
-from helpers.serving import Serving, serving
+from helpers.serving import Serving, baton, serving
 from helpers.waiting import eventually_sync
 
 from baton.api.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -161,7 +158,7 @@ def test_clients_that_speak_plainly_are_told_off(world: World, subject: Subject)
         return _said(world, begin, "tls_peer_refused", "https://")
 
     eventually_sync(is_told_off, what="the line", timeout_s=60)
-    command = _baton("status", "--url", f"http://127.0.0.1:{world.server.port}")
+    command = baton("status", "--url", f"http://127.0.0.1:{world.server.port}")
     assert (command.returncode, "https://" in command.stderr) == (1, True)
     _is_alive(world, subject)
 
@@ -183,12 +180,12 @@ def test_handshakes_that_do_not_go_on_hold_up_nobody(world: World, subject: Subj
 def test_commands_take_a_ca_and_a_certificate(world: World) -> None:
     shown = {"BATON_CLIENT_CERT_FILE": str(world.client.certificate), "BATON_CLIENT_KEY_FILE": str(world.client.key)}
     url = f"https://localhost:{world.server.port}"
-    good = _baton("status", "--url", url, "--ca-file", str(world.public.ca), env=shown)
+    good = baton("status", "--url", url, "--ca-file", str(world.public.ca), env=shown)
     assert good.returncode == 0, good.stderr
     assert "decode-0" in good.stdout
-    unknown = _baton("status", "--url", url, env=shown)
+    unknown = baton("status", "--url", url, env=shown)
     assert (unknown.returncode, "--ca-file" in unknown.stderr) == (1, True)
-    bare = _baton("status", "--url", url, env={"SSL_CERT_FILE": str(world.public.ca)})
+    bare = baton("status", "--url", url, env={"SSL_CERT_FILE": str(world.public.ca)})
     assert (bare.returncode, "certificate" in bare.stderr) == (1, True)
 
 
@@ -197,9 +194,9 @@ def test_the_load_generator_takes_a_ca_and_measures(world: World, tmp_path: Path
     output = tmp_path / "result.json"
     asked = ("--url", f"https://localhost:{world.server.port}", "--output", str(output), "--num-warmups", "0")
     few = ("--num-prompts", "3", "--arrival", "all-at-once", "--input-len", "16", "--output-len", "4")
-    unknown = _baton("bench", *asked, *few, env=shown)
+    unknown = baton("bench", *asked, *few, env=shown)
     assert (unknown.returncode, "--ca-file" in unknown.stderr) == (1, True), unknown.stderr
-    good = _baton("bench", *asked, *few, "--ca-file", str(world.public.ca), env=shown)
+    good = baton("bench", *asked, *few, "--ca-file", str(world.public.ca), env=shown)
     assert good.returncode == 0, good.stderr
     result = json.loads(output.read_text())
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (3, 0, 12)
@@ -251,12 +248,3 @@ def _channel(port: int, ca: Path, shown: Files | None, name: str = "localhost") 
     )
     options = [("grpc.ssl_target_name_override", name), ("grpc.use_local_subchannel_pool", 1)]
     return grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=options)
-
-
-def _baton(*arguments: str, env: dict[str, str] | None = None) -> Any:
-    import os
-
-    command = [sys.executable, "-m", "baton.services.local", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **(env or {})}
-    )

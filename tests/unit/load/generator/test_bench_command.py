@@ -20,6 +20,7 @@ from baton.load.generator.command import EXIT_INTERRUPTED, make_workload, run_be
 from baton.load.generator.self_check import self_check
 from baton.load.generator.settings import BenchSettings
 from baton.services.local.late_commands import LATE_COMMANDS
+from baton.services.runtime.client_tls import CA_VARIABLE
 from baton.services.runtime.settings_loader import SettingsError, load_settings
 
 # What readers of vLLM's JSON look for.
@@ -245,3 +246,13 @@ def test_the_command_is_found_by_name_and_shown_in_the_help() -> None:
     command = [sys.executable, "-m", "baton.services.local", "--help"]
     page = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     assert all(re.search(rf"\b{name} ", page) for name in LATE_COMMANDS)
+
+
+def test_a_ca_file_that_is_none_is_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(CA_VARIABLE, "")  # what the command sets ends with the test
+    nothing = tmp_path / "ca.crt"
+    nothing.write_text("nothing")
+    assert run_bench(settings(url="https://127.0.0.1:1", ca_file=nothing)) == 2
+    assert capsys.readouterr().err.startswith(f"baton bench: {nothing} holds no PEM CERTIFICATE")
