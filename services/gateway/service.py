@@ -53,7 +53,7 @@ from baton.services.runtime.failpoints import enable_failpoints
 from baton.services.runtime.health import SERVICE_NAME, Health
 from baton.services.runtime.make_bus import make_bus
 from baton.services.runtime.metrics import Metrics
-from baton.services.runtime.net import bind_listener
+from baton.services.runtime.net import bind_listener, format_address
 from baton.services.runtime.settings import GatewaySettings, is_loopback
 from baton.services.runtime.subjects import Subjects
 from baton.services.runtime.tls import internal_files, public_files
@@ -154,6 +154,8 @@ class GatewayService:
         self._start_http(listener, admin_listener)
         self._health.set_ready()
         admin_port = admin_listener.getsockname()[1] if admin_listener is not None else None
+        if settings.admin_url_file is not None and admin_port is not None:
+            settings.admin_url_file.write_text(f"http://{format_address(ADMIN_HOST, admin_port)}\n", encoding="ascii")
         log.info("listening", rest=listener.getsockname()[1], grpc=grpc_port, admin=admin_port, model=model.name)
 
     def _load_model(self) -> tuple[ServedModel, ModelTokenizer]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
 
+from baton.services.local.admin_door import find_admin_door
 from baton.services.local.gateway_client import GatewayClient
 from baton.services.local.gateway_command import checked, with_gateway
 
@@ -26,7 +27,7 @@ def show_blocks(url: str, api_key: str | None, *, worker_id: str | None, overdue
         what = "overdue" if overdue else "held"
         print(f"{len(rows)} block(s) {what if not cached else 'held or cached'}")
 
-    return with_gateway("blocks", url, api_key, show)
+    return _with_operators("blocks", url, api_key, show)
 
 
 def drain_worker(url: str, api_key: str | None, worker_id: str, timeout_s: float) -> int:
@@ -38,7 +39,7 @@ def drain_worker(url: str, api_key: str | None, worker_id: str, timeout_s: float
         left = answer["given_up"]
         print(f"{worker_id} is drained" + (f"; {left} request(s) were handed back to go on elsewhere" if left else ""))
 
-    return with_gateway("drain", url, api_key, drain, timeout_s=timeout_s + _ANSWER_S)
+    return _with_operators("drain", url, api_key, drain, timeout_s=timeout_s + _ANSWER_S)
 
 
 def change_role(url: str, api_key: str | None, worker_id: str, role: str, timeout_s: float) -> int:
@@ -50,7 +51,17 @@ def change_role(url: str, api_key: str | None, worker_id: str, role: str, timeou
         word = "already" if answer["state"] == "unchanged" else "now"
         print(f"{worker_id} is {word} a {role} worker")
 
-    return with_gateway("role", url, api_key, change, timeout_s=timeout_s + _ANSWER_S)
+    return _with_operators("role", url, api_key, change, timeout_s=timeout_s + _ANSWER_S)
+
+
+def _with_operators(
+    command: str, url: str, api_key: str | None, use: Callable[[GatewayClient], None], *, timeout_s: float = 10.0
+) -> int:
+    """Asks the admin listener of this user's own installation, where ``url`` names one: it needs no key from the user."""
+    door = find_admin_door(url)
+    if door is not None:
+        url, api_key = door.url, door.key
+    return with_gateway(command, url, api_key, use, timeout_s=timeout_s)
 
 
 def client_rows(client: GatewayClient, worker_id: str | None, *, overdue: bool, cached: bool) -> list[dict[str, Any]]:

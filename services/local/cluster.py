@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+from baton.services.local.admin_door import URL_FILE, Installation
 from baton.services.local.child import Child, ChildSpec, baton_argv
 from baton.services.local.gateway_client import GatewayClient
 from baton.services.local.nats_server import NatsServer
@@ -16,7 +17,7 @@ from baton.services.runtime.admin_options import ADMIN_HOST
 from baton.services.runtime.client_tls import own_context
 from baton.services.runtime.cores import num_cores
 from baton.services.runtime.net import free_port
-from baton.services.runtime.settings import GatewaySettings, ServeSettings, WorkerSettings
+from baton.services.runtime.settings import GatewaySettings, ServeSettings, WorkerSettings, is_loopback
 
 Argv = Callable[..., list[str]]
 
@@ -46,6 +47,7 @@ class LocalCluster:
         if own_key is not None:
             api_keys = [own_key, *(key.get_secret_value() for key in settings.api_key)]
             self._key_files = [self._directory.write_secret("api-keys", "\n".join(api_keys).encode())]
+        self._admin_flags = self._make_admin_door()
         self._argv = argv
         self.nats = NatsServer(self.directory, self._nats_token)
         self.workers: list[Child] = []
@@ -98,8 +100,21 @@ class LocalCluster:
 
     def _gateway(self) -> ChildSpec:
         key_files = [*self._key_files, *self.settings.api_key_file]
-        flags = flags_for(GatewaySettings, self.settings, **self._common(), api_key_file=key_files)
+        flags = flags_for(GatewaySettings, self.settings, **self._common(), **self._admin_flags, api_key_file=key_files)
         return ChildSpec("gateway", self._argv("gateway", *flags), {"OMP_NUM_THREADS": "1"})
+
+    def _make_admin_door(self) -> dict[str, object]:
+        """Options of the gateway with which commands of this user find it (``admin_door``)."""
+        settings, own_key, options = self.settings, None, {}
+        if settings.admin_key_file is not None:  # who knows those keys also knows where to use them
+            return {}
+        if settings.admin_port is None:
+            if not settings.needs_key and settings.ssl_certfile is None and is_loopback(settings.host):
+                return {}  # the public port is open to this user as it is
+            own_key = secrets.token_hex(32)
+            options = {"admin_port": 0, "admin_key_file": self._directory.write_secret("admin-key", own_key.encode())}
+        Installation(settings.host, settings.port, own_key).leave_note(self._directory)
+        return {**options, "admin_url_file": self.directory / URL_FILE}
 
     def _common(self) -> dict[str, object]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,19 +41,40 @@ class PrivateDirectory:
 
 def abandoned_directories() -> Iterator[Path]:
     """What killed processes of this user could not remove themselves. Locked while the caller looks at it."""
+    for directory, lock in _own_directories(min_age_s=_MIN_AGE_S):
+        if _could_lock(lock, fcntl.LOCK_EX):
+            yield directory
+
+
+def directories_in_use() -> Iterator[Path]:
+    """Those of this user's installations that run."""
+    for directory, lock in _own_directories(min_age_s=0.0):
+        if not _could_lock(lock, fcntl.LOCK_SH):
+            yield directory
+
+
+def _own_directories(min_age_s: float) -> Iterator[tuple[Path, int]]:
+    """Each with its lock, open while the caller looks at it."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             status = directory.lstat()
-            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _MIN_AGE_S or directory.is_symlink():
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():  # not ours to judge
+                continue
+            if time.time() - status.st_mtime < min_age_s:
                 continue
             lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:  # another process was faster, or it is not ours to judge
+        except OSError:  # another process was faster
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # in use
-            continue
-        else:
-            yield directory
+            yield directory, lock
         finally:
             os.close(lock)
+
+
+def _could_lock(lock: int, kind: int) -> bool:
+    """Whether it could be locked by us: nobody else uses it."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -285,6 +285,7 @@ class GatewaySettings(GatewayOptions, BusSettings):
     """``baton gateway``."""
 
     panel = "Model and workers"
+    hidden = frozenset({"admin_url_file"})
     tls_roles = frozenset({"gateway"})
 
     model: str | None = Field(
@@ -294,6 +295,7 @@ class GatewaySettings(GatewayOptions, BusSettings):
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output in tokens. Default: what the workers say."
     )
+    admin_url_file: Path | None = Field(None, description="File that gets the URL of the admin listener.")
     worker: StringList = Field([], description="host:port of a worker that is there without NATS; may be repeated.")
 
     @field_validator("worker")

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import yaml
 from helpers.oracle import make_subject
-from helpers.serving import Serving, serving
+from helpers.serving import Serving, baton, serving
 from helpers.waiting import eventually_sync
 
 from baton.services.gateway.tenant_files import hashed
@@ -66,6 +66,9 @@ def test_tenants_come_and_go_while_it_serves(tmp_path: Path) -> None:
         assert ask(server, "third").status_code == 200
         assert ask(server, None).status_code == 401
         assert not any("Bearer third" in line or hashed("third") in line for line in server.lines)
+        # Who runs it may take a worker out of use, whatever keys there are, and needs none.
+        drained = baton("drain", "colocated-0", "--url", server.url, env={"BATON_API_KEY": "one"})
+        assert (drained.returncode, drained.stdout) == (0, "colocated-0 is drained\n"), drained.stderr
 
 
 def test_a_flood_of_one_tenant_leaves_another_its_cache(tmp_path: Path) -> None:

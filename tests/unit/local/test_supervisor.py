@@ -15,6 +15,11 @@ import psutil
 import pytest
 from helpers.waiting import eventually_sync
 
+from baton.services.local.admin_door import AdminDoor, find_admin_door
+from baton.services.local.bundled import with_model
+from baton.services.local.cluster import LocalCluster
+from baton.services.runtime.settings import ServeSettings
+
 SCRIPT = Path(__file__).with_name("serve_stand_ins.py")
 
 
@@ -204,7 +209,35 @@ def test_keys_go_by_file_and_the_users_variables_stay_with_the_supervisor(serve:
     assert (len(own_key), keys) == (64, ["sesame", "other"])
     assert key_file.stat().st_mode & 0o077 == 0
     assert "--api-key-file" not in serving.argv("decode-0")
+    admin_key_file = Path(serving.flag("gateway", "--admin-key-file"))
+    assert serving.flag("gateway", "--admin-port") == "0"
+    assert admin_key_file.stat().st_mode & 0o077 == 0
+    (admin_key,) = admin_key_file.read_text().splitlines()
+    assert (len(admin_key), admin_key != own_key) == (64, True)
+    Path(serving.flag("gateway", "--admin-url-file")).write_text("http://127.0.0.1:9")  # as a gateway would
+    assert find_admin_door(f"http://127.0.0.1:{serving.flag('gateway', '--port')}") == AdminDoor(
+        "http://127.0.0.1:9", admin_key
+    )
     assert "authorization: Bearer $BATON_API_KEY" in serving.out()
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, set()),
+        ({"admin_port": 0}, {"--admin-port", "--admin-url-file"}),
+        ({"admin_port": 0, "admin_key_file": __file__}, {"--admin-port", "--admin-key-file"}),
+        ({"host": "0.0.0.0", "allow_insecure_bind": True}, {"--admin-port", "--admin-key-file", "--admin-url-file"}),
+    ],
+)
+def test_a_way_in_for_the_user_is_made_where_the_public_port_is_none(
+    options: dict[str, object], flags: set[str]
+) -> None:
+    cluster = LocalCluster(with_model(ServeSettings.model_validate({"port": 0, "grpc_port": 0, **options})))
+    try:
+        assert {flag for flag in cluster._gateway().argv if flag.startswith("--admin")} == flags
+    finally:
+        cluster.remove_files()
 
 
 def test_key_files_and_tenants_go_to_the_gateway_as_they_are(serve: Callable[..., Serving], tmp_path: Path) -> None:
