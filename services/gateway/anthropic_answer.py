@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from baton.services.gateway.choice import ChoicePiece
 from baton.services.gateway.collect import CollectedChoice
+from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.errors import public_error
 from baton.services.gateway.parts import CallBegin, Part, Thought
+from baton.services.gateway.pipeline import Generation
 from baton.services.gateway.rendering import Answer
 from baton.services.gateway.sse import Form
 from baton.services.gateway.tools.calls import CallArguments, Text
@@ -87,6 +89,12 @@ class MessagesAnswer(Answer):
     id_prefix = "msg_"
     object_name = "message"
 
+    def __init__(self, generation: Generation, deps: GatewayDeps, receipt_id: str) -> None:
+        super().__init__(generation, deps, receipt_id)
+        self._blocks = Blocks()
+        self._has_begun = False
+        self._ending: dict[str, Any] = {}
+
     @property
     def form(self) -> Form:
         return FORM
@@ -99,23 +107,17 @@ class MessagesAnswer(Answer):
         blocks.close()
         return orjson.dumps(self._message(blocks.blocks) | _ending(choice.finish_reason, choice.stop_reason))
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed answer. Failures are raised."""
-        blocks = Blocks()
-        has_begun = False
-        ending: dict[str, Any] = {}
-        async with aclosing(self.generation.stream()) as pieces:
-            async for piece in pieces:
-                events = [] if has_begun else [_event("message_start", message=self._message([])), _event("ping")]
-                has_begun = True
-                events += blocks.feed(parts_of(piece))
-                if piece.finish_reason is not None:
-                    ending = _ending(piece.finish_reason, piece.stop_reason)
-                if events:
-                    yield b"".join(events)
-        yield b"".join(
-            [*blocks.close(), _event("message_delta", delta=ending, usage=self._tokens()), _event("message_stop")]
-        )
+    def render(self, piece: ChoicePiece) -> bytes:
+        events = [] if self._has_begun else [_event("message_start", message=self._message([])), _event("ping")]
+        self._has_begun = True
+        events += self._blocks.feed(parts_of(piece))
+        if piece.finish_reason is not None:
+            self._ending = _ending(piece.finish_reason, piece.stop_reason)
+        return b"".join(events)
+
+    def ending(self) -> bytes:
+        delta = _event("message_delta", delta=self._ending, usage=self._tokens())
+        return b"".join([*self._blocks.close(), delta, _event("message_stop")])
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {

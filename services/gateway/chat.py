@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any, TypeGuard
 
 import orjson
@@ -16,6 +14,7 @@ from baton.services.gateway.logprobs import chat_logprobs, prompt_logprobs
 from baton.services.gateway.openai_models import ChatCompletionBody
 from baton.services.gateway.options import GenerationOptions
 from baton.services.gateway.parts import Part
+from baton.services.gateway.pipeline import Generation
 from baton.services.gateway.prompts import parse_chat
 from baton.services.gateway.reading import Reading
 from baton.services.gateway.rendering import Answer, ChunkText
@@ -66,6 +65,11 @@ class ChatAnswer(Answer):
     id_prefix = "chatcmpl-"
     object_name = "chat.completion"
 
+    def __init__(self, generation: Generation, deps: GatewayDeps, receipt_id: str) -> None:
+        super().__init__(generation, deps, receipt_id)
+        chunks = [self._chunk(index, {"content": ""}, None) for index in range(generation.options.num_choices)]
+        self._texts = [ChunkText(chunk, field=b'"content":') for chunk in chunks]
+
     def whole(self, choices: list[CollectedChoice]) -> bytes:
         """The JSON body of an answer that is not streamed."""
         body = self.envelope(self.object_name)
@@ -86,42 +90,36 @@ class ChatAnswer(Answer):
         }
         return rendered | self.token_ids(choice.index, choice.tokens, with_prompt=True)
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed answer, but for the closing ``[DONE]``. Failures are raised."""
-        options = self.generation.options
-        is_plain = (
-            options.sampling.num_logprobs is None and not options.return_token_ids and not options.continuous_usage
-        )
-        texts = [
-            ChunkText(self._chunk(index, {"content": ""}, finish_reason=None), field=b'"content":')
-            for index in range(options.num_choices)
-        ]
-        async with aclosing(self.generation.stream()) as pieces:
-            async for piece in pieces:
-                chunk = self._first_chunk(piece) if piece.is_first else b""
-                if piece.parts is not None and is_plain and piece.finish_reason is None and _is_text(piece.parts):
-                    chunk += b"".join(texts[piece.choice_index].render(part.text) for part in piece.parts)
-                elif piece.parts is not None:
-                    chunk += b"".join(map(event, self._part_chunks(piece, is_plain=is_plain)))
-                elif not is_plain or piece.finish_reason is not None:
-                    if piece.num_tokens or piece.finish_reason is not None:
-                        chunk += event(self._piece_chunk(piece, {"content": piece.text} if piece.text else {}))
-                elif piece.text:
-                    chunk += texts[piece.choice_index].render_each(piece.texts)
-                if chunk:
-                    yield chunk
-        if options.include_usage:
-            yield event(self.envelope(self.object_name + ".chunk") | {"choices": [], "usage": self.usage()})
+    def render(self, piece: ChoicePiece) -> bytes:
+        first = self._first_chunk(piece) if piece.is_first else b""
+        return first + self._events(piece)
+
+    def _events(self, piece: ChoicePiece) -> bytes:
+        is_plain, text = self._is_plain and piece.finish_reason is None, self._texts[piece.choice_index]
+        if piece.parts is None:
+            if is_plain:
+                return text.render_each(piece.texts)
+            if piece.num_tokens or piece.finish_reason is not None:
+                return event(self._piece_chunk(piece, {"content": piece.text} if piece.text else {}))
+            return b""
+        if is_plain and _is_text(piece.parts):
+            return b"".join(text.render(part.text) for part in piece.parts)
+        return b"".join(map(event, self._part_chunks(piece)))
+
+    def ending(self) -> bytes:
+        if not self.generation.options.include_usage:
+            return b""
+        return event(self.envelope(self.object_name + ".chunk") | {"choices": [], "usage": self.usage()})
 
     def _first_chunk(self, piece: ChoicePiece) -> bytes:
         chunk = self._chunk(piece.choice_index, {"role": "assistant", "content": ""}, finish_reason=None)
         chunk["choices"][0] |= self.token_ids(piece.choice_index, (), with_prompt=True)
         return event(chunk)
 
-    def _part_chunks(self, piece: ChoicePiece, *, is_plain: bool) -> list[dict[str, Any]]:
+    def _part_chunks(self, piece: ChoicePiece) -> list[dict[str, Any]]:
         """A chunk for each part; the last one has what belongs to the piece."""
         deltas = [delta_of(part) for part in piece.parts or ()]
-        if piece.finish_reason is None and (is_plain or not piece.num_tokens):
+        if piece.finish_reason is None and (self._is_plain or not piece.num_tokens):
             return [self._chunk(piece.choice_index, delta, None) for delta in deltas]
         earlier, last = deltas[:-1], deltas[-1] if deltas else {}
         chunks = [self._chunk(piece.choice_index, delta, None) for delta in earlier]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from baton.services.core.errors import BatonError, ErrorCode
@@ -69,9 +70,7 @@ class ChoiceAssembler:
 
         A finish reason in the piece but not in the delta is a stop string: the generation itself goes on and must be closed.
         """
-        if delta.first_index != self.num_tokens:
-            message = f"tokens from index {delta.first_index} on, expected {self.num_tokens}"
-            raise BatonError(ErrorCode.INTERNAL, message)
+        self._check_order(delta.first_index)
         if self._stop is None and delta.finish_reason is None and self._has_started:
             return self._feed_plain(delta.tokens)
         is_first, self._has_started = not self._has_started, True
@@ -110,13 +109,31 @@ class ChoiceAssembler:
             texts=tuple(texts),
         )
 
+    def feed_row(self, first_index: int, token_ids: Sequence[int]) -> ChoicePiece:
+        """``feed`` of tokens in the middle of a generation of which there is nothing but their ids."""
+        if self._shows_tokens or self._stop is not None or not self._has_started:
+            return self.feed(TokenDelta(first_index, tuple(map(SampledToken, token_ids))))
+        self._check_order(first_index)
+        self.num_tokens += len(token_ids)
+        return self._piece_of_texts(token_ids)
+
+    def _check_order(self, first_index: int) -> None:
+        if first_index != self.num_tokens:
+            message = f"tokens from index {first_index} on, expected {self.num_tokens}"
+            raise BatonError(ErrorCode.INTERNAL, message)
+
+    def _piece_of_texts(self, token_ids: Sequence[int]) -> ChoicePiece:
+        texts = self._detokenizer.push_each(token_ids)
+        if len(texts) == 1:
+            return ChoicePiece(self._index, texts[0], 1, (), texts=(texts[0],))
+        return ChoicePiece(self._index, "".join(texts), len(texts), (), texts=tuple(texts))
+
     def _feed_plain(self, tokens: tuple[SampledToken, ...]) -> ChoicePiece:
         """``feed`` for nearly all deltas: tokens in the middle of a generation without stop strings."""
         self.num_tokens += len(tokens)
         detokenizer = self._detokenizer
         if not self._shows_tokens:
-            texts = detokenizer.push_each([token.token_id for token in tokens])
-            return ChoicePiece(self._index, "".join(texts), len(tokens), (), texts=tuple(texts))
+            return self._piece_of_texts([token.token_id for token in tokens])
         num_chars = self._num_chars
         texts = []
         outputs: list[OutputToken] = []

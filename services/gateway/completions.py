@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -15,6 +14,7 @@ from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.logprobs import completion_logprobs, prompt_as_tokens, prompt_logprobs
 from baton.services.gateway.openai_models import CompletionBody
 from baton.services.gateway.options import GenerationOptions
+from baton.services.gateway.pipeline import Generation
 from baton.services.gateway.prompts import parse_prompts
 from baton.services.gateway.rendering import Answer, ChunkText
 from baton.services.gateway.sse import event
@@ -59,6 +59,12 @@ class CompletionAnswer(Answer):
     id_prefix = "cmpl-"
     object_name = "text_completion"
 
+    def __init__(self, generation: Generation, deps: GatewayDeps, receipt_id: str) -> None:
+        super().__init__(generation, deps, receipt_id)
+        num_choices = range(generation.options.num_choices)
+        self._texts = [ChunkText(self._chunk(index, "", None), field=b'"text":') for index in num_choices]
+        self._prompt_chars: dict[int, int] = {}
+
     def whole(self, choices: list[CollectedChoice]) -> bytes:
         """The JSON body of an answer that is not streamed."""
         body = self.envelope(self.object_name)
@@ -79,30 +85,22 @@ class CompletionAnswer(Answer):
             rendered["prompt_logprobs"] = prompt_logprobs(prompt_ids, choice.prompt_logprobs, pieces)
         return rendered | self.token_ids(choice.index, choice.tokens, with_prompt=True)
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed answer, but for the closing ``[DONE]``. Failures are raised."""
-        options = self.generation.options
-        is_plain = (
-            options.sampling.num_logprobs is None and not options.return_token_ids and not options.continuous_usage
-        )
-        texts = [
-            ChunkText(self._chunk(index, "", finish_reason=None), field=b'"text":')
-            for index in range(options.num_choices)
-        ]
-        prompt_chars: dict[int, int] = {}
-        async with aclosing(self.generation.stream()) as pieces:
-            async for piece in pieces:
-                if piece.is_first:
-                    prompt_chars[piece.choice_index] = len(piece.prompt_text)
-                if not is_plain or piece.finish_reason is not None:
-                    if piece.num_tokens or piece.is_first or piece.finish_reason is not None:
-                        yield event(self._piece_chunk(piece, prompt_chars[piece.choice_index]))
-                elif piece.prompt_text:
-                    yield texts[piece.choice_index].render(piece.prompt_text + piece.text)
-                elif piece.text:
-                    yield texts[piece.choice_index].render_each(piece.texts)
-        if options.include_usage:
-            yield event(self.envelope(self.object_name) | {"choices": [], "usage": self.usage()})
+    def render(self, piece: ChoicePiece) -> bytes:
+        index = piece.choice_index
+        if piece.is_first:
+            self._prompt_chars[index] = len(piece.prompt_text)
+        if not self._is_plain or piece.finish_reason is not None:
+            if piece.num_tokens or piece.is_first or piece.finish_reason is not None:
+                return event(self._piece_chunk(piece, self._prompt_chars[index]))
+            return b""
+        if piece.prompt_text:
+            return self._texts[index].render(piece.prompt_text + piece.text)
+        return self._texts[index].render_each(piece.texts)
+
+    def ending(self) -> bytes:
+        if not self.generation.options.include_usage:
+            return b""
+        return event(self.envelope(self.object_name) | {"choices": [], "usage": self.usage()})
 
     def _piece_chunk(self, piece: ChoicePiece, prompt_chars: int) -> dict[str, Any]:
         chunk = self._chunk(piece.choice_index, piece.prompt_text + piece.text, piece.finish_reason, piece.num_tokens)

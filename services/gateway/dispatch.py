@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import structlog
 
@@ -24,42 +24,14 @@ from baton.services.core.router import Placement, RoutedRequest, RoutingDecision
 from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.layouts import block_bytes
-from baton.services.gateway.mailbox import Mailbox
 from baton.services.gateway.outputs import part_output, plain_delta
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
+from baton.services.gateway.run import Run
 from baton.services.gateway.worker_link import Arrival, WorkerLink
 from baton.services.runtime import convert
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """One generation: its ladder, and what the ladder's words mean here."""
-
-    request: GenerationRequest
-    record: GenerationRecord
-    ladder: Ladder
-    deadline_s: float | None
-    block_names: list[bytes] = field(default_factory=list)
-    arrivals: Mailbox[Arrival | None] = field(default_factory=Mailbox)  # None: it may be time
-    links: dict[tuple[int, str], WorkerLink] = field(default_factory=dict)  # by attempt and incarnation, until released
-    sent_s: float = 0.0  # the attempt under way
-    fetching: PairKey | None = None  # the holder of blocks that are fetched, and who needs them, while that is going on
-    is_from_start: bool = True  # that attempt began without generated tokens
-    block_size: int = 16
-    told_cached_tokens: int | None = None
-    end: End | None = None
-    own_end: str = "abort"  # what it means when the caller closes the generation
-    timer: asyncio.TimerHandle | None = None
-    timer_s: float = -math.inf  # what the timer is set for
-
-    def stop_timer(self) -> None:
-        """If there is one."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer, self.timer_s = None, -math.inf
 
 
 class WorkerDispatcher:
@@ -89,7 +61,7 @@ class WorkerDispatcher:
         self._block_key = block_key
         self._receipts = receipts
         self._clock = clock
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
 
     @property
     def num_running(self) -> int:
@@ -118,6 +90,7 @@ class WorkerDispatcher:
             raise
         finally:
             run.stop_timer()
+            run.arrivals.take = None
             self._runs.pop(request.request_id, None)
             self._do(run, run.ladder.on_cancel(run.own_end))
             self._receipts.end(run.record, run.own_end)
@@ -132,7 +105,7 @@ class WorkerDispatcher:
             run.record.trace.mark(Instant.ENDED, self._clock())
             self._receipts.end(run.record, reason)
 
-    def _open(self, request: GenerationRequest) -> _Run:
+    def _open(self, request: GenerationRequest) -> Run:
         deadline_s = None if request.timeout_s is None else self._clock() + request.timeout_s
         ladder = Ladder(
             request.prompt_token_ids,
@@ -143,13 +116,14 @@ class WorkerDispatcher:
         )
         record = self._receipts.open(request)
         record.attempts, record.fallbacks = ladder.attempts, ladder.fallbacks
-        run = self._runs[request.request_id] = _Run(request, record, ladder, deadline_s)
+        run = self._runs[request.request_id] = Run(request, record, ladder, deadline_s)
+        run.arrivals.take = run.take
         self._on_start()
         return run
 
     # Events to the ladder.
 
-    async def _advance(self, run: _Run) -> list[TokenDelta]:
+    async def _advance(self, run: Run) -> list[TokenDelta]:
         """One event: the workers that there are, an arrival, or the passing of time. Returns what is new for the client."""
         ladder = run.ladder
         if not ladder.wants_workers:
@@ -168,15 +142,13 @@ class WorkerDispatcher:
         )
         return self._do(run, commands)
 
-    def _on_arrival(self, run: _Run, arrival: Arrival) -> list[TokenDelta]:
+    def _on_arrival(self, run: Run, arrival: Arrival) -> list[TokenDelta]:
         ladder, incarnation = run.ladder, arrival.link.incarnation
         if (row := arrival.tokens) is not None:
             delta = plain_delta(row)
-            if not ladder.take_next(arrival.attempt, incarnation, row.first_index, row.token_ids):
+            if not run.take_next(arrival, row):
                 return self._do(run, ladder.on_output(arrival.attempt, incarnation, PartOutput(delta), self._clock()))
-            run.record.completion_tokens += len(row.token_ids)
-            told = run.told_cached_tokens == run.record.cached_tokens
-            return [delta if told else self._with_cached_tokens(run, delta)]
+            return [delta if run.has_told_cached_tokens else self._with_cached_tokens(run, delta)]
         now_s = self._clock()
         if arrival.failure is not None:
             return self._do(run, ladder.on_lost(arrival.attempt, incarnation, arrival.failure, now_s))
@@ -188,7 +160,7 @@ class WorkerDispatcher:
                 self._links.on_failure(pair, now_s)
         return self._do(run, ladder.on_output(arrival.attempt, incarnation, output, now_s))
 
-    async def _arrival(self, run: _Run) -> Arrival | None:
+    async def _arrival(self, run: Run) -> Arrival | None:
         """The next arrival, or None when it is time for the ladder first.
 
         One timer for as long as the ladder's time stays the same: one for each token would cost more than the token.
@@ -217,7 +189,7 @@ class WorkerDispatcher:
             return False
         return True
 
-    def _choose(self, run: _Run, wish: Wish) -> RoutingDecision:
+    def _choose(self, run: Run, wish: Wish) -> RoutingDecision:
         """The router's answer. Raises BatonError when no worker can take the request."""
         compatibility, now_s = self._registry.compatibility(), self._clock()
         layout = pb.KVLayout() if compatibility is None else compatibility.layout
@@ -243,7 +215,7 @@ class WorkerDispatcher:
 
     # Commands of the ladder.
 
-    def _do(self, run: _Run, commands: Sequence[Command]) -> list[TokenDelta]:
+    def _do(self, run: Run, commands: Sequence[Command]) -> list[TokenDelta]:
         """Carries commands out, except for what it returns: the caller passes that on, and may be closed meanwhile."""
         deltas = []
         for command in commands:
@@ -268,14 +240,14 @@ class WorkerDispatcher:
                     run.record.trace.mark(Instant.ENDED, self._clock())
         return deltas
 
-    def _with_cached_tokens(self, run: _Run, delta: TokenDelta) -> TokenDelta:
+    def _with_cached_tokens(self, run: Run, delta: TokenDelta) -> TokenDelta:
         """The first delta tells what is known then, and the first after that changed tells it again."""
         cached_tokens = run.record.cached_tokens
         told = cached_tokens if cached_tokens != run.told_cached_tokens else None
         run.told_cached_tokens = cached_tokens
         return delta if delta.cached_tokens == told else replace(delta, cached_tokens=told)
 
-    def _start(self, run: _Run, command: Start) -> None:
+    def _start(self, run: Run, command: Start) -> None:
         request, chosen, number = run.request, command.attempt.decision.chosen, command.attempt.number
         run.sent_s = self._clock()
         run.is_from_start = len(command.token_ids) == len(request.prompt_token_ids)
@@ -322,14 +294,14 @@ class WorkerDispatcher:
             patience_ms=max(1, round(plan.patience_s * 1e3)),
         )
 
-    def _link(self, run: _Run, attempt: int, view: WorkerView) -> WorkerLink:
+    def _link(self, run: Run, attempt: int, view: WorkerView) -> WorkerLink:
         known = self._registry.get(view.worker_id)
         assert known is not None  # the views are the registry's, and nothing was awaited since
         assert known.link.incarnation == view.incarnation
         run.links[attempt, view.incarnation] = known.link
         return known.link
 
-    def _note(self, run: _Run, output: pb.RequestOutput) -> None:
+    def _note(self, run: Run, output: pb.RequestOutput) -> None:
         """Takes the workers' own measurements into trace and receipt."""
         trace, record = run.request.trace, run.record
         if output.HasField("prefill"):
@@ -353,7 +325,7 @@ class WorkerDispatcher:
             record.fetch = output.fetch
             self._note_fetch(run, output.fetch)
 
-    def _note_fetch(self, run: _Run, report: pb.FetchReport) -> None:
+    def _note_fetch(self, run: Run, report: pb.FetchReport) -> None:
         chosen = run.ladder.attempts[-1].decision.chosen
         is_failed = report.HasField("error")
         if is_failed:
@@ -367,7 +339,7 @@ class WorkerDispatcher:
             self._links.on_fetched(pair, report.transport, report.num_bytes, report.duration_ms, self._clock())
             self._fetch = self._fetch.learned(chosen.fetch, report.duration_ms / 1e3)
 
-    def _log_failure(self, run: _Run) -> None:
+    def _log_failure(self, run: Run) -> None:
         attempt, error = run.ladder.attempts[-1], run.ladder.failure
         log.warning(
             "attempt failed, trying again",

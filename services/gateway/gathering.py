@@ -28,18 +28,34 @@ class BeforeWaiting(Generic[T]):
             yield from self._flush().__await__()
         except BaseException as failure:
             error = failure
-        while True:
-            try:
-                if error is None:
-                    try:
-                        answer = yield awaited
-                    except BaseException as failure:
-                        error = failure
-                        continue
-                    awaited = steps.send(answer)
-                else:
-                    thrown, error = error, None
-                    awaited = steps.throw(thrown)
-            except StopIteration as result:
-                value = result.value
-                return value
+        return (yield from _go_on(steps, awaited, error))
+
+
+class Begun(Generic[T]):
+    """What has made its first step already, and waits for ``awaited``: awaited, it goes on."""
+
+    def __init__(self, steps: Generator[Any, Any, T], awaited: Any) -> None:
+        self._steps = steps
+        self._awaited = awaited
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return _go_on(self._steps, self._awaited, None)
+
+
+def _go_on(steps: Generator[Any, Any, T], awaited: Any, error: BaseException | None) -> Generator[Any, Any, T]:
+    """Whatever is awaited, and whatever is thrown meanwhile, goes through."""
+    while True:
+        try:
+            if error is None:
+                try:
+                    answer = yield awaited
+                except BaseException as failure:
+                    error = failure
+                    continue
+                awaited = steps.send(answer)
+            else:
+                thrown, error = error, None
+                awaited = steps.throw(thrown)
+        except StopIteration as result:
+            value: T = result.value
+            return value

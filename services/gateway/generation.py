@@ -12,6 +12,7 @@ from baton.services.core.sessions import SessionTag
 from baton.services.core.slo import CLASS_TARGETS, MAX_WEIGHT, MIN_WEIGHT, ServiceLevel, SloClass
 from baton.services.core.tenants import ANONYMOUS, Tenant
 from baton.services.core.token_order import TokenDelta
+from baton.services.gateway.shortcut import Shortcut
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class GenerationRequest:
     timeout_s: float | None = None
     trace: Trace = field(default_factory=Trace)
     stop_means: str = "stop"  # for the receipt: a choice that calls tools stops with another word
+    shortcut: Shortcut | None = None  # past whoever reads what the dispatcher yields, for tokens in the middle
 
     def service_level(self, now_s: float) -> ServiceLevel:
         """What workers are told. Once a token was given, what is promised is the next one."""
@@ -71,7 +73,8 @@ class Dispatcher(Protocol):
     """Runs generations on workers.
 
     Closing the generator before its end cancels the request and frees everything it holds anywhere.
-    Failures are raised as BatonError; after a finish reason nothing more is yielded.
+    Failures are raised as BatonError; after a finish reason nothing more is yielded. Tokens may take the request's shortcut,
+    where it is open, and are not yielded then.
     """
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]: ...

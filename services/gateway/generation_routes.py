@@ -22,6 +22,7 @@ from baton.services.gateway.generation import SloTarget
 from baton.services.gateway.openai_models import ChatCompletionBody, CompletionBody, GenerationBody
 from baton.services.gateway.openapi import json_request
 from baton.services.gateway.options import Caller, GenerationOptions
+from baton.services.gateway.outlet import Outlet
 from baton.services.gateway.pipeline import Generation, prepare, tokenize
 from baton.services.gateway.request_body import read_json
 from baton.services.gateway.responses_answer import ResponsesAnswer
@@ -124,6 +125,8 @@ async def _prepare(
 
 async def _answer(deps: GatewayDeps, request: Request, answer: AnyAnswer) -> Response:
     if answer.generation.options.stream:
-        return await open_stream(request.receive, answer.chunks(), deps.limits.keepalive_s, deps.cut, answer.form)
+        outlet = Outlet()
+        events = answer.chunks(outlet)
+        return await open_stream(request.receive, events, deps.limits.keepalive_s, deps.cut, answer.form, outlet)
     choices: Any = await unless_gone(request.receive, collect(answer.generation), deps.cut)
     return Response(answer.whole(choices), media_type="application/json")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """A queue for one reader. What is put into it can be left unannounced until ``wake``."""
+    """A queue for one reader. What is put into it can be left unannounced until ``wake``.
 
-    def __init__(self) -> None:
+    ``take``: is shown each item for which the reader, who waits, would be woken, and may do with it what the reader would do:
+    then it says True, and the reader waits on. What it raises is raised in the reader.
+    """
+
+    def __init__(self, take: Callable[[T], bool] | None = None) -> None:
+        self.take = take
         self._items: deque[T] = deque()
         self._reader: asyncio.Future[None] | None = None
 
@@ -30,8 +36,18 @@ class Mailbox(Generic[T]):
     def wake(self) -> None:
         """The reader goes on, if it waits and there is something for it."""
         reader = self._reader
-        if reader is not None and self._items and not reader.done():
-            reader.set_result(None)
+        if reader is None or reader.done():
+            return
+        while self._items:
+            try:
+                is_taken = self.take is not None and self.take(self._items[0])
+            except Exception as error:
+                reader.set_exception(error)
+                return
+            if not is_taken:
+                reader.set_result(None)
+                return
+            self._items.popleft()
 
     def newest(self) -> T | None:
         """What was put in last, if it is still there."""

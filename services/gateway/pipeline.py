@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.lifecycle import Instant, Trace
@@ -23,7 +24,9 @@ from baton.services.gateway.options import Caller, ChatPrompt, GenerationOptions
 from baton.services.gateway.reading import TOOL_CALLS, ChoiceReader
 from baton.services.gateway.required_output import TAIL_TOKENS, is_thinking, required_output
 from baton.services.gateway.sessions import session_tag
+from baton.services.gateway.shortcut import Rendered, Shortcut
 from baton.services.gateway.validation import invalid
+from baton.services.runtime.token_columns import TokenRow
 
 _MASK = 2**64 - 1
 
@@ -76,20 +79,26 @@ class Generation:
         """Token ids of the prompt of a choice."""
         return self.prompt_token_ids[index // self.options.n]
 
-    def stream(self) -> AsyncGenerator[ChoicePiece, None]:
-        """Pieces of all choices as they are made. Failures are raised as BatonError."""
-        sources = [self._run(choice) for choice in self._choices]
-        if len(sources) == 1:
-            return sources[0]
+    def stream(self, rendered: Rendered | None = None) -> AsyncGenerator[ChoicePiece, None]:
+        """Pieces of all choices as they are made. Failures are raised as BatonError.
+
+        What can be ``rendered`` and sent while the reader of these pieces waits does not come here.
+        """
+        if len(self._choices) == 1:
+            return self._run(self._choices[0], rendered)
+        sources = [self._run(choice) for choice in self._choices]  # read by somebody else, so they take turns
         n = self.options.n
         return merge([sources[start : start + n] for start in range(0, len(sources), n)])
 
-    async def _run(self, choice: _Choice) -> AsyncGenerator[ChoicePiece, None]:
+    async def _run(self, choice: _Choice, rendered: Rendered | None = None) -> AsyncGenerator[ChoicePiece, None]:
         assembler = self._assembler(choice)
         if not choice.runs:
             yield self._complete(choice, assembler.feed(TokenDelta(0, (), FinishReason.LENGTH)))
             return
         reader = None if self.options.reading.is_plain else self.options.reading.reader(is_open=self._is_thinking)
+        if rendered is not None and not self.options.stop and not choice.drops_output:
+            middle = partial(self._middle, choice, assembler, reader)
+            choice.request.shortcut = Shortcut(middle, rendered)
         last: ChoicePiece | None = None
         cached_tokens = 0
         async with aclosing(self._deps.dispatcher.generate(choice.request)) as deltas:
@@ -110,9 +119,18 @@ class Generation:
                     self._deps.dispatcher.finish(choice.request, piece.finish_reason, assembler.num_tokens)
                 last = piece
                 break
+        choice.request.shortcut = None
         if last is None:
             raise BatonError(ErrorCode.INTERNAL, "a generation ended without a finish reason")
         yield last  # when everything is released
+
+    def _middle(
+        self, choice: _Choice, assembler: ChoiceAssembler, reader: ChoiceReader | None, row: TokenRow
+    ) -> ChoicePiece:
+        """The piece of tokens that end nothing."""
+        piece = assembler.feed_row(row.first_index, row.token_ids)
+        self._used(piece.num_tokens)
+        return piece if reader is None else self._read(reader, choice, piece)
 
     def _read(self, reader: ChoiceReader, choice: _Choice, piece: ChoicePiece) -> ChoicePiece:
         """The piece with its parts."""

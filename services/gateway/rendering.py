@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import orjson
 
-from baton.services.gateway.choice import OutputToken
+from baton.services.gateway.choice import ChoicePiece, OutputToken
 from baton.services.gateway.deps import GatewayDeps
+from baton.services.gateway.outlet import Outlet
 from baton.services.gateway.pipeline import Generation
+from baton.services.gateway.shortcut import Rendered
 from baton.services.gateway.sse import OPENAI, Form
 
 
@@ -48,11 +51,37 @@ class Answer:
         self._id = self.id_prefix + receipt_id
         self._created = int(deps.wall_clock())
         self._num_streamed = 0
+        options = generation.options
+        # Nothing is told of a token but its text.
+        self._is_plain = not (
+            options.sampling.num_logprobs is not None or options.return_token_ids or options.continuous_usage
+        )
 
     @property
     def form(self) -> Form:
         """How a stream of it fails and ends."""
         return OPENAI
+
+    async def chunks(self, outlet: Outlet | None = None) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed answer, but for what its form ends it with. Failures are raised.
+
+        With an ``outlet`` what need not be waited for may leave through it, and not come here.
+        """
+        shortcut = None if outlet is None else Rendered(self.render, outlet)
+        async with aclosing(self.generation.stream(shortcut)) as pieces:
+            async for piece in pieces:
+                if chunk := self.render(piece):
+                    yield chunk
+        if ending := self.ending():
+            yield ending
+
+    def render(self, piece: ChoicePiece) -> bytes:
+        """The events that a piece makes, if it makes any. To be called with one piece after another."""
+        raise NotImplementedError
+
+    def ending(self) -> bytes:
+        """The events behind the last piece, if there are any."""
+        return b""
 
     def envelope(self, object_name: str) -> dict[str, Any]:
         """The fields that come first."""

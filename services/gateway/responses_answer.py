@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import orjson
 
+from baton.services.gateway.choice import ChoicePiece
 from baton.services.gateway.collect import CollectedChoice
 from baton.services.gateway.deps import GatewayDeps
 from baton.services.gateway.errors import public_error
@@ -31,6 +30,8 @@ class ResponsesAnswer(Answer):
         self._body = body
         self._items = Items()
         self._num_events = 0
+        self._has_begun = False
+        self._finish_reason: str | None = None
 
     @property
     def form(self) -> Form:
@@ -42,25 +43,21 @@ class ResponsesAnswer(Answer):
         self._items.feed([Text(choice.text)] if choice.parts is None else choice.parts)
         return orjson.dumps(self._finished(choice.finish_reason)[1])
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed answer. Failures are raised."""
-        has_begun = False
-        finish_reason: str | None = None
-        async with aclosing(self.generation.stream()) as pieces:
-            async for piece in pieces:
-                chunk = b""
-                if not has_begun:
-                    has_begun = True
-                    response = self._response("in_progress")
-                    chunk = self._event({"type": "response.created", "response": response})
-                    chunk += self._event({"type": "response.in_progress", "response": response})
-                chunk += b"".join(map(self._event, self._items.feed(parts_of(piece))))
-                finish_reason = piece.finish_reason or finish_reason
-                if chunk:
-                    yield chunk
-        events, response = self._finished(finish_reason)
+    def render(self, piece: ChoicePiece) -> bytes:
+        events: list[Event] = []
+        if not self._has_begun:
+            self._has_begun = True
+            response = self._response("in_progress")
+            events.append({"type": "response.created", "response": response})
+            events.append({"type": "response.in_progress", "response": response})
+        events += self._items.feed(parts_of(piece))
+        self._finish_reason = piece.finish_reason or self._finish_reason
+        return b"".join(map(self._event, events))
+
+    def ending(self) -> bytes:
+        events, response = self._finished(self._finish_reason)
         events.append({"type": f"response.{response['status']}", "response": response})
-        yield b"".join(map(self._event, events))
+        return b"".join(map(self._event, events))
 
     def _finished(self, finish_reason: str | None) -> tuple[list[Event], dict[str, Any]]:
         is_cut = finish_reason == "length"

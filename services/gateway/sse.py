@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.gateway.errors import public_error
 from baton.services.gateway.gathering import BeforeWaiting
+from baton.services.gateway.outlet import Outlet
 
 T = TypeVar("T")
 
@@ -83,10 +84,12 @@ async def open_stream(
     keepalive_s: float,
     cut: Cut | None = None,
     form: Form = OPENAI,
+    outlet: Outlet | None = None,
 ) -> EventStream:
     """A response of ``events``. Waits for the first one, so that a failure before it is raised here and gets a real status.
 
-    It does not wait longer than ``keepalive_s``: then the stream begins, and a failure becomes an event.
+    It does not wait longer than ``keepalive_s``: then the stream begins, and a failure becomes an event. ``outlet``: what the
+    events leave through, where somebody else knows it too.
     """
     first = asyncio.ensure_future(anext(events, None))
     gone, over = _watch(receive), _watch_cut(cut)
@@ -102,7 +105,7 @@ async def open_stream(
         raise
     finally:
         await _cancel(gone, over)
-    return EventStream(first, events, keepalive_s, cut, form)
+    return EventStream(first, events, keepalive_s, cut, form, outlet or Outlet())
 
 
 class EventStream(Response):
@@ -116,8 +119,9 @@ class EventStream(Response):
         first: asyncio.Future[bytes | None],
         events: AsyncGenerator[bytes, None],
         keepalive_s: float,
-        cut: Cut | None = None,
-        form: Form = OPENAI,
+        cut: Cut | None,
+        form: Form,
+        outlet: Outlet,
     ) -> None:
         super().__init__(None, headers=_HEADERS, media_type="text/event-stream")
         del self.headers["content-length"]
@@ -126,35 +130,39 @@ class EventStream(Response):
         self._first = first
         self._events = events
         self._keepalive_s = keepalive_s
-        self._sent_s = 0.0
-        self._is_sending = False
+        self._outlet = outlet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Future[Any]] = [self._first]
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            self._sent_s = loop.time()
-            tasks += [body := asyncio.ensure_future(self._send_events(send)), gone := _watch(receive)]
+            outlet = self._outlet
+            outlet.begin(send)
+            tasks += [body := asyncio.ensure_future(self._send_events()), gone := _watch(receive)]
             tasks.append(over := _watch_cut(self._cut))
             while not any(task.done() for task in (body, gone, over)):
-                left_s = self._sent_s + self._keepalive_s - loop.time()
+                left_s = outlet.sent_s + self._keepalive_s - loop.time()
                 if left_s <= 0:
-                    if not self._is_sending:  # else the client is slow, not we
-                        await self._send(send, KEEPALIVE)
+                    if not outlet.is_sending:  # else the client is slow, not we
+                        await outlet.send(KEEPALIVE)
                     left_s = self._keepalive_s
                 await _first_of(body, gone, over, timeout_s=left_s)
             if body.done():
                 body.result()
-            elif over.done() and not self._is_sending:
+            elif over.done() and not outlet.is_sending:
                 await _cancel(body)
-                await self._send(send, self._form.error(_draining()) + self._form.end, more_body=False)
+                await outlet.send(self._form.error(_draining()) + self._form.end, more_body=False)
         finally:
             await _cancel(*tasks)
+            await self._outlet.close()
             await self._events.aclose()
 
-    async def _send_events(self, send: Send) -> None:
-        """Events that are there at once leave in one write: a write costs more than the event."""
+    async def _send_events(self) -> None:
+        """Events that are there at once leave in one write: a write costs more than the event.
+
+        Where the next has to be waited for, everything has been sent: others may then write to the outlet.
+        """
         gathered: list[bytes] = []
         num_bytes = 0
 
@@ -164,7 +172,7 @@ class EventStream(Response):
                 data = b"".join(gathered)
                 gathered.clear()
                 num_bytes = 0
-                await self._send(send, data)
+                await self._outlet.send(data)
 
         upcoming: Awaitable[bytes | None] = self._first
         while True:
@@ -177,17 +185,12 @@ class EventStream(Response):
                 break
             gathered.append(chunk)
             num_bytes += len(chunk)
+            self._outlet.open()
             if num_bytes >= _MOST_GATHERED:
                 await flush()
             upcoming = anext(self._events, None)
         gathered.append(self._form.end)
-        await self._send(send, b"".join(gathered), more_body=False)
-
-    async def _send(self, send: Send, data: bytes, more_body: bool = True) -> None:
-        self._sent_s = asyncio.get_running_loop().time()
-        self._is_sending = True
-        await send({"type": "http.response.body", "body": data, "more_body": more_body})
-        self._is_sending = False
+        await self._outlet.send(b"".join(gathered), more_body=False)
 
 
 def _watch_cut(cut: Cut | None) -> asyncio.Future[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from helpers.waiting import eventually
 
 from baton.services.gateway.mailbox import Bell, Mailbox
@@ -35,6 +36,36 @@ async def test_a_reader_that_gives_up_takes_nothing_with_it() -> None:
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
     assert await mailbox.get() == 1
+
+
+async def test_what_is_taken_for_the_reader_does_not_wake_it() -> None:
+    taken: list[int] = []
+
+    def take(number: int) -> bool:
+        if number == 0:
+            raise ValueError("as scripted")
+        taken.append(number)
+        return number < 10
+
+    mailbox: Mailbox[int] = Mailbox(take)
+    mailbox.put_nowait(1)
+    assert taken == [], "the reader was not there"
+    assert await mailbox.get() == 1
+    reading = asyncio.ensure_future(mailbox.get())
+    await asyncio.sleep(0)
+    for number in (2, 3):
+        mailbox.put_nowait(number)
+    mailbox.leave(4)
+    assert (taken, mailbox.newest()) == ([2, 3], 4)
+    mailbox.put_nowait(10)
+    mailbox.put_nowait(5)
+    assert taken == [2, 3, 4, 10], "once the reader was woken, it reads by itself"
+    assert [await reading, await mailbox.get()] == [10, 5]
+    reading = asyncio.ensure_future(mailbox.get())
+    await asyncio.sleep(0)
+    mailbox.put_nowait(0)
+    with pytest.raises(ValueError, match="as scripted"):
+        await reading
 
 
 async def test_all_readers_are_woken_and_what_came_meanwhile_is_there_at_once() -> None:
