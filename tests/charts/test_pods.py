@@ -25,7 +25,7 @@ def test_the_process_accepts_its_variables(
     """The very settings class of the process reads them, so that chart and code cannot drift apart."""
     values = {
         "model": {"uri": "pvc://models/m", "servedName": "m", "maxLength": 4096, "dtype": "bfloat16"},
-        "gateway": {"apiKeys": {"existingSecret": "keys"}},
+        "gateway": {"apiKeys": {"existingSecret": "keys"}, "adminKeys": {"existingSecret": "operators"}},
     }
     rendered = render(values)
     assert rendered.container(role)["args"] == [role]

@@ -101,6 +101,20 @@ def test_a_tenants_file_is_where_the_gateway_is_told(render: Render) -> None:
     assert "WARNING: no API key" not in rendered.notes
 
 
+def test_a_file_of_admin_keys_is_where_the_gateway_is_told(render: Render) -> None:
+    assert "BATON_ADMIN_KEY_FILE" not in render().env("gateway")
+    rendered = render({"gateway": {"adminKeys": {"existingSecret": "operators", "key": "k"}}})
+    (volume,) = (each for each in rendered.pod_spec("gateway")["volumes"] if each["name"] == "admin-keys")
+    assert volume["secret"]["secretName"] == "operators"
+    assert volume["secret"]["items"] == [{"key": "k", "path": "admin-keys"}]
+    (mount,) = (each for each in rendered.container("gateway")["volumeMounts"] if each["name"] == "admin-keys")
+    assert rendered.env("gateway")["BATON_ADMIN_KEY_FILE"] == f"{mount['mountPath']}/admin-keys"
+    assert "subPath" not in mount  # it would never change
+    assert not [
+        each for role in ("prefill", "decode") for each in rendered.pod_spec(role)["volumes"] if "admin" in str(each)
+    ]
+
+
 def test_the_end_of_a_release_leaves_nothing(cluster: Cluster) -> None:
     cluster.install({"gateway": {"replicas": 2}})
     assert cluster.stored()

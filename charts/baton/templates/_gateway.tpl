@@ -10,6 +10,10 @@
   value: "8002"
 - name: BATON_ADMIN_URL
   value: http://127.0.0.1:8002
+{{- if .values.adminKeys.existingSecret }}
+- name: BATON_ADMIN_KEY_FILE
+  value: /etc/baton/admin-keys/admin-keys
+{{- end }}
 - name: BATON_PLACEMENT
   value: {{ .values.placement }}
 - name: BATON_MAX_CONCURRENT_REQUESTS
