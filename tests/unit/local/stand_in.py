@@ -14,9 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from baton.services.core.errors import ConfigurationError
 from baton.services.runtime.process import die_with_parent
-from baton.services.runtime.settings_loader import report_problems
 
 DIRECTORY = Path(os.environ["STAND_IN_DIR"])
 
@@ -71,6 +69,9 @@ def main() -> int:
     behaviour = DIRECTORY / f"{NAME}.do"
     do = behaviour.read_text() if behaviour.exists() else ""
     if do == "refuse":
+        from baton.services.core.errors import ConfigurationError
+        from baton.services.runtime.settings_loader import report_problems  # half a second of imports, else not needed
+
         return report_problems(NAME, ConfigurationError("model.safetensors: truncated"))
     if do == "crash":
         return 1
