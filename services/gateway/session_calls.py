@@ -11,11 +11,13 @@ import grpc
 import grpc.aio
 
 from baton.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from baton.services.core.errors import BatonError
+from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.gateway.registry import KnownWorker, Registry
 from baton.services.runtime.grpc import CONTROL_TIMEOUT_S, create_channel, error_from_rpc
 
 T = TypeVar("T")
+
+_ASK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +31,14 @@ class KeptBlocks:
 
 
 class SessionOperations(Protocol):
-    """``key`` is what workers call the conversation. Raises where none of those that answered knows it, and one did not."""
+    """``key`` is what workers call the conversation."""
 
     async def get(self, key: str) -> list[KeptBlocks]:
-        """By worker; empty where nobody knows the conversation."""
+        """By worker; empty where nobody knows the conversation. Raises where one did not answer, and no other knows it."""
         ...
 
     async def close(self, key: str) -> bool:
-        """Whether anybody knew it."""
+        """Whether anybody knew it. Raises WORKER_LOST where a worker has not heard that it is over: it may keep blocks."""
         ...
 
 
@@ -56,7 +58,10 @@ class SessionCalls:
                 return None
             return KeptBlocks(known.link.worker_id, answer.num_blocks, answer.num_bytes, answer.expires_in_s)
 
-        return await self._ask_all(ask)
+        told, failures = await self._ask_all(ask)
+        if failures and not told:
+            raise next(iter(failures.values()))
+        return told
 
     async def close(self, key: str) -> bool:
         async def ask(known: KnownWorker) -> bool | None:
@@ -65,25 +70,31 @@ class SessionCalls:
                 answer = await stub.CloseSession(worker_pb2.CloseSessionRequest(key=key), timeout=CONTROL_TIMEOUT_S)
             return answer.was_known or None
 
-        return bool(await self._ask_all(ask))
+        told, failures = await self._ask_all(ask)
+        # One that cannot be reached may be there again with all that it kept.
+        unheard = [*failures, *(known.link.worker_id for known in self._registry if not known.link.is_connected)]
+        if unheard:
+            message = f"these workers have not heard that the session is over: {', '.join(unheard)}"
+            raise BatonError(ErrorCode.WORKER_LOST, message, retryable=True, retry_after_s=_ASK_AGAIN_S)
+        return bool(told)
 
-    async def _ask_all(self, ask: Callable[[KnownWorker], Coroutine[None, None, T | None]]) -> list[T]:
-        """What those who know something said. A worker of an earlier release knows nothing."""
+    async def _ask_all(
+        self, ask: Callable[[KnownWorker], Coroutine[None, None, T | None]]
+    ) -> tuple[list[T], dict[str, BatonError]]:
+        """What those who know something said, and who failed to answer. A worker of an earlier release knows nothing."""
         workers = [known for known in self._registry if known.link.is_connected]
         answers = await asyncio.gather(*map(ask, workers), return_exceptions=True)
         told: list[T] = []
-        failure: BatonError | None = None
+        failures: dict[str, BatonError] = {}
         for known, answer in zip(workers, answers, strict=True):
             if isinstance(answer, grpc.aio.AioRpcError):
                 if answer.code() is not grpc.StatusCode.UNIMPLEMENTED:
-                    failure = error_from_rpc(answer, f"worker {known.link.worker_id}")
+                    failures[known.link.worker_id] = error_from_rpc(answer, f"worker {known.link.worker_id}")
             elif isinstance(answer, BaseException):
                 raise answer
             elif answer is not None:
                 told.append(answer)
-        if failure is not None and not told:
-            raise failure
-        return told
+        return told, failures
 
 
 class NoSessions:

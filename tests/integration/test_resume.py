@@ -322,3 +322,27 @@ def test_a_gateway_that_is_killed_leaves_nothing_on_the_workers(server: Serving,
         gateway.wait(PATIENCE_S)
         eventually_sync(lambda: is_ready(server), timeout_s=PATIENCE_S, what="a new gateway")
         check_all(start_all(server, expected), expected)
+
+
+def test_a_session_is_over_when_the_worker_that_slept_has_heard_it(server: Serving) -> None:
+    def delete() -> httpx.Response:
+        return httpx.delete(f"{server.url}/v1/sessions/long", timeout=PATIENCE_S)
+
+    with healing(server):
+        start(server, 8, max_tokens=20, session_id="long", session_ttl_s=3600).finish()
+        eventually_sync(lambda: server.get("/v1/sessions/long").status_code == 200, timeout_s=PATIENCE_S)
+        keeper = server.get("/v1/sessions/long").json()["workers"][0]["id"]
+        pid = next(worker["pid"] for worker in server.workers() if worker["id"] == keeper)
+        with stopped(psutil.Process(pid)):
+            refused = delete()
+            assert (refused.status_code, refused.headers.get("retry-after")) == (503, "1"), refused.text
+        answers: list[int] = []
+
+        def has_ended() -> bool:
+            answers.append(delete().status_code)
+            return answers[-1] != 503
+
+        eventually_sync(has_ended, timeout_s=PATIENCE_S, what="its end")
+        assert answers[-1] == 204
+        assert delete().status_code == 404
+        assert server.get("/v1/sessions/long").status_code == 404

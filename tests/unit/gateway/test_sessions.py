@@ -12,7 +12,7 @@ import pytest
 from helpers.gateway_api import Gateway, make_gateway
 
 from baton.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from baton.services.core.errors import BatonError
+from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.sessions import SessionTag
 from baton.services.gateway.auth import Authenticator
 from baton.services.gateway.session_calls import KeptBlocks, SessionCalls
@@ -205,7 +205,6 @@ async def test_all_workers_are_asked_and_told(registered: Registered) -> None:
     first, second = KnowingWorker("t/a", "t/b"), KnowingWorker("t/a")
     for servicer in (first, None, second):
         await registered.add(servicer)
-    registered.add_address("127.0.0.1:1", is_connected=False)  # is not there, and knows nothing
     calls = SessionCalls(registered)  # type: ignore[arg-type]
     assert await calls.get("t/a") == [KeptBlocks("w-0", 2, 64, 3.0), KeptBlocks("w-2", 2, 64, 3.0)]
     assert await calls.get("t/c") == []
@@ -213,11 +212,29 @@ async def test_all_workers_are_asked_and_told(registered: Registered) -> None:
     assert (first.keys, second.keys) == ({"t/b"}, set())
 
 
-async def test_a_worker_that_does_not_answer_is_named_only_where_nobody_else_knows(registered: Registered) -> None:
+async def test_what_is_kept_is_told_although_a_worker_does_not_answer(registered: Registered) -> None:
     await registered.add(KnowingWorker("t/a"))
     registered.add_address("127.0.0.1:1")
+    registered.add_address("127.0.0.1:1", is_connected=False)
     calls = SessionCalls(registered)  # type: ignore[arg-type]
     assert len(await calls.get("t/a")) == 1
-    assert await calls.close("t/a")
     with pytest.raises(BatonError, match="w-1"):
+        await calls.get("t/b")
+
+
+@pytest.mark.parametrize("is_connected", [True, False])
+async def test_a_conversation_is_over_when_every_worker_has_heard_it(
+    registered: Registered, is_connected: bool
+) -> None:
+    first, second = KnowingWorker("t/a"), KnowingWorker("t/a")
+    await registered.add(first)
+    registered.add_address("127.0.0.1:1", is_connected=is_connected)
+    calls = SessionCalls(registered)  # type: ignore[arg-type]
+    with pytest.raises(BatonError, match="w-1") as caught:
         await calls.close("t/a")
+    assert (caught.value.code, caught.value.retry_after_s) == (ErrorCode.WORKER_LOST, 1.0)
+    assert first.keys == set()  # whoever heard it has let go
+    registered._workers.pop()
+    await registered.add(second)  # it is there again
+    assert [await calls.close("t/a") for _ in range(2)] == [True, False]
+    assert second.keys == set()
