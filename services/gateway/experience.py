@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import orjson
@@ -57,24 +57,29 @@ class Experience:
         record.comparison = self.regrets.on_first_token(record.prompt_tokens, decision, ttft_ms / 1e3)
         return record.comparison
 
+    def threshold_tokens(self, registry: Registry, links: LinkMatrix) -> int | None:
+        """From which length on a prompt is worth handing over now; None: at no length."""
+        return self._threshold_tokens(registry, registry.views_with_latest_costs(), links)
+
+    def _threshold_tokens(self, registry: Registry, views: Sequence[WorkerView], links: LinkMatrix) -> int | None:
+        compatibility = registry.compatibility()
+        if compatibility is None:
+            return None
+        layout = compatibility.layout
+        few = sorted(views, key=lambda view: (view.queued_tokens, view.running, view.worker_id))[:_MOST_WORKERS]
+        return handover_threshold(
+            few, links, self._clock(), block_size=layout.block_size or 16, block_bytes=block_bytes(layout)
+        )
+
     def describe(self, registry: Registry, links: LinkMatrix, placement: str) -> dict[str, object]:
         """``GET /v1/decisions``: from which length on prompts are worth handing over now, what workers cost, and what came of
         the decisions so far."""
-        now = self._clock()
         alive = [known.link.incarnation for known in registry]
         self._costs.forget_all_but(alive)
         views = registry.views_with_latest_costs()
-        compatibility = registry.compatibility()
-        threshold: int | None = None
-        if compatibility is not None:
-            layout = compatibility.layout
-            few = sorted(views, key=lambda view: (view.queued_tokens, view.running, view.worker_id))[:_MOST_WORKERS]
-            threshold = handover_threshold(
-                few, links, now, block_size=layout.block_size or 16, block_bytes=block_bytes(layout)
-            )
         return {
             "placement": placement,
-            "threshold_tokens": threshold,
+            "threshold_tokens": self._threshold_tokens(registry, views, links),
             "workers": [_describe(view) for view in sorted(views, key=lambda view: view.worker_id)],
             "data": self.regrets.table(),
         }

@@ -294,6 +294,7 @@ class GatewayService:
 
     def _render_metrics(self) -> bytes:
         self._metrics.fenced(self._registry.num_fenced)
+        self._metrics.handover_threshold(self._experience.threshold_tokens(self._registry, self._links))
         self._metrics.bus_state(self._bus.is_connected, dict(self._bus.num_dropped))
         return self._metrics.render()
 

@@ -6,6 +6,7 @@ asks, so a worker that is gone leaves no stale figures behind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -98,6 +99,11 @@ class Metrics:
             "baton_retries", "Attempts after the first, by what went wrong.", ["reason"], registry=registry
         )
         self._decisions = Counter("baton_routing_decisions", "Where requests were placed.", ["mode"], registry=registry)
+        self._threshold = Gauge(
+            "baton_handover_threshold_tokens",
+            "Shortest new prompt that is cheaper to hand over than to prefill where it is decoded, now. +Inf: none is.",
+            registry=registry,
+        )
         self._compared = Counter(
             "baton_decisions_compared",
             "Decisions compared with the other way, by whether they turned out cheaper.",
@@ -190,6 +196,10 @@ class Metrics:
 
     def fenced(self, num_outputs: int) -> None:
         self._fenced.set(num_outputs)
+
+    def handover_threshold(self, num_tokens: int | None) -> None:
+        """None: no prompt is worth handing over."""
+        self._threshold.set(math.inf if num_tokens is None else num_tokens)
 
     def bus_state(self, is_connected: bool, num_dropped: dict[str, int]) -> None:
         self._bus_connected.set(is_connected)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.oracle import make_subject
 from helpers.serving import Serving, serving
+from helpers.waiting import eventually_sync
 
 from baton.services.core.cost_learning import CostBook
 from baton.services.gateway.experience import read_profiles
@@ -37,6 +39,14 @@ def test_what_was_decided_is_compared_with_what_it_took(server: Serving) -> None
     assert learned["prefill-0"]["prefill_ms"]
     assert any(row["mode"] == "remote" and row["compared"] for row in page["data"])
     assert "baton_decisions_compared_total" in server.get("/metrics").text
+
+    def metric_and_page_agree() -> bool:
+        """Loads that workers report change both, now and then between the two."""
+        lines = [line for line in server.get("/metrics").text.splitlines() if line.startswith("baton_handover_")]
+        tokens = server.get("/v1/decisions").json()["threshold_tokens"]
+        return [float(line.split()[1]) for line in lines] == [math.inf if tokens is None else tokens]
+
+    eventually_sync(metric_and_page_agree, timeout_s=60, what="the same threshold in both")
 
 
 def test_a_profile_of_the_running_workers_is_what_a_gateway_starts_from(

@@ -132,6 +132,13 @@ def test_service_levels_transfers_and_fallbacks_are_counted_by_label() -> None:
     assert value(metrics, "baton_bus_dropped_messages", reason="disconnected") == 4
 
 
+@pytest.mark.parametrize(("num_tokens", "shown"), [(96, 96.0), (None, float("inf"))])
+def test_the_threshold_is_infinite_where_nothing_is_handed_over(num_tokens: int | None, shown: float) -> None:
+    metrics = Metrics()
+    metrics.handover_threshold(num_tokens)
+    assert value(metrics, "baton_handover_threshold_tokens") == shown
+
+
 def worker(worker_id: str, **fields: object) -> common_pb2.WorkerStatus:
     return common_pb2.WorkerStatus(identity=common_pb2.WorkerIdentity(worker_id=worker_id), **fields)  # type: ignore[arg-type]
 
