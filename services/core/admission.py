@@ -92,6 +92,7 @@ class AdmissionControl:
     _lonely_ttft: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.05))
     _lonely_tpot: AffineFit = field(default_factory=lambda: AffineFit(least_surprise=0.02))
     _stay_s: float = 0.0  # how long a request runs
+    _num_tokens_out: float = 0.0  # of a stream, when it ends
     _end_every_s: float = 0.0  # seconds between ends while others waited or ran
     _last_end_s: float | None = None
     _pressed_until_s: float = -math.inf  # not everybody was let in a moment ago
@@ -181,6 +182,8 @@ class AdmissionControl:
             self._measure(visit, now)
         self.num_streams -= visit.num_streams
         if visit.first_token_s is not None:
+            known = self._num_tokens_out
+            self._num_tokens_out = visit.num_tokens_out if known == 0.0 else 0.9 * known + 0.1 * visit.num_tokens_out
             self._count_decoding(-visit.num_streams, now)
             stay_s = now - (visit.admitted_s or 0.0)
             self._stay_s = stay_s if self._stay_s == 0.0 else 0.9 * self._stay_s + 0.1 * stay_s
@@ -251,19 +254,41 @@ class AdmissionControl:
         return max(visit.ttft_s * self.limits.margin, self.limits.alone * lonely.at(visit.num_tokens))
 
     def _seat_s(self, visit: Visit, now: float) -> float:
-        """Until its turn comes, at the rate at which requests end. What began together ends together: where nothing has ended
-        for long, it takes as long again to the next end."""
+        """Until its turn comes: the latest of what tells. The rate at which requests ended lately, which is far off after many
+        at once, or at which they end if they run as long as others; where nothing has ended for long, as long again to the next
+        end; what those who run have left; and the rate at which seats are given."""
         oldest = next(iter(self._running), None)
         silent_s = 0.0 if oldest is None else now - max(oldest.admitted_s or 0.0, self._last_end_s or 0.0)
         num_before = self._num_before(visit, now)
-        return max(silent_s, self._end_every_s) + num_before * self._end_every_s
+        every_s = max(self._end_every_s, self._stay_s / max(1, self.num_streams))
+        seat_s = max(max(silent_s, every_s) + num_before * every_s, self._left_s(visit, num_before))
+        if now < self._pressed_until_s:
+            seat_s = max(seat_s, self._next_seat_s - now + num_before * self._spacing_s(visit))
+        return seat_s
+
+    def _left_s(self, visit: Visit, num_before: int) -> float:
+        """Until so many that run have ended that there is room for it and for those before it: the oldest first, with answers
+        as long as others', at the pace of now."""
+        num_too_many = self.num_streams + num_before + visit.num_streams - self._capacity(visit)
+        pace_s = self._tpot.at(self.num_streams)
+        left_s = 0.0
+        for other in self._running:
+            if num_too_many <= 0.0:
+                break
+            num_too_many -= other.num_streams
+            left_s = max(left_s, (self._num_tokens_out - other.num_tokens_out) * pace_s)
+        return left_s
+
+    def _spacing_s(self, visit: Visit) -> float:
+        """Between its seat and the next one, where they are given at the rate at which they are left."""
+        return self._stay_s / (_QUICKER * self._capacity(visit)) * visit.num_streams
 
     # What happens.
 
     def _let_in(self, visit: Visit, now: float) -> None:
         visit.admitted_s = now
         self._running[visit] = None
-        seat_s = self._stay_s / (_QUICKER * self._capacity(visit)) * visit.num_streams
+        seat_s = self._spacing_s(visit)
         self._next_seat_s = max(self._next_seat_s, now - _AT_ONCE * seat_s) + seat_s
         if not visit.is_batch:  # others pass it by
             self.ahead_tokens += visit.num_tokens

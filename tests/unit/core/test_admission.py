@@ -266,6 +266,27 @@ def test_where_nothing_has_ended_for_long_nobody_is_made_to_wait_for_a_moment() 
         control.arrive(interactive(tpot_s=0.1), 104.0)
 
 
+def test_who_began_together_ends_together_and_until_then_there_is_no_turn() -> None:
+    """However quickly others ended before."""
+    control = AdmissionControl(AdmissionLimits(always=1))
+    _teach_tpot(control, at_one_s=0.01)
+    for number in range(200):
+        visit, begin_s = interactive(None, None), 100.0 + 0.01 * number
+        control.arrive(visit, begin_s)
+        control.progress(visit, 1, begin_s)
+        control.progress(visit, 101, begin_s + 1.0)
+        control.end(visit, begin_s + 1.0)
+    inside = []
+    while control.arrive(visit := interactive(ttft_s=30.0, tpot_s=0.1), 110.0):
+        inside.append(visit)
+        control.progress(visit, 1, 110.0)
+    pace_s = control._tpot.at(len(inside))
+    assert 100 * pace_s > 2.0
+    with pytest.raises(BatonError, match="its turn would come") as refusal:
+        control.arrive(interactive(ttft_s=1.0, tpot_s=0.1), 110.0)
+    assert refusal.value.retry_after_s == pytest.approx(100 * pace_s, rel=0.5)
+
+
 def test_how_slow_it_is_for_many_does_not_count_as_how_slow_it_is_for_one() -> None:
     """Else a crowd would be a reason to let in more."""
     control = AdmissionControl()
