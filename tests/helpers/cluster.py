@@ -34,7 +34,7 @@ from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.prefill.__main__ import PrefillHost
-from baton.services.runtime.bus import InProcessBus
+from baton.services.runtime.bus import Bus, InProcessBus
 from baton.services.runtime.settings import WorkerSettings
 from baton.services.runtime.subjects import Subjects
 from baton.services.worker.host import WorkerHost
@@ -61,8 +61,10 @@ class Generated:
 class Cluster:
     """Workers and a dispatcher. Use ``run_cluster``."""
 
-    def __init__(self, placement: Placement = Placement.REMOTE, fetch: FetchPolicy | None = None) -> None:
-        self.bus = InProcessBus()
+    def __init__(
+        self, placement: Placement = Placement.REMOTE, fetch: FetchPolicy | None = None, bus: Bus | None = None
+    ) -> None:
+        self.bus = bus or InProcessBus()
         self.hosts: list[WorkerHost[Any]] = []
         self.gateway = pb.WorkerIdentity(worker_id="gateway", incarnation=uuid.uuid4().hex)
         self.prefix_index = PrefixIndex()
@@ -166,15 +168,20 @@ async def run_cluster(
     keep_stopped: bool = False,
     placement: Placement = Placement.REMOTE,
     fetch: FetchPolicy | None = None,
+    bus: Bus | None = None,
     **settings: Any,
 ) -> Any:
     """Starts an installation and stops it. ``mode``: "disaggregated" or "colocated".
 
-    ``keep_stopped``: a worker that the test took out of ``hosts`` is the test's to stop.
+    ``keep_stopped``: a worker that the test took out of ``hosts`` is the test's to stop. ``bus``: the gateway's, not yet
+    started; workers then have their own, as the settings say.
     """
-    cluster = Cluster(placement, fetch)
+    cluster = Cluster(placement, fetch, bus)
     roles = ["colocated"] * num_decode if mode == "colocated" else ["prefill"] * num_prefill + ["decode"] * num_decode
     async with AsyncExitStack() as stack:
+        if bus is not None:
+            await bus.start()
+            stack.push_async_callback(bus.close)
         for index, role in enumerate(roles):
             own = {**settings, **(prefill_settings or {} if role == "prefill" else {})}
             block_bytes = _block_bytes(loaded, own.get("block_size", 16))
@@ -182,13 +189,12 @@ async def run_cluster(
                 role=role,
                 worker_id=f"{role}-{index}",
                 cluster="test",
-                nats_url="none",
                 transport=transport,
                 kv_cache_memory=ByteSize(num_blocks * block_bytes),
-                **{"block_key_file": key_file, **own},
+                **{"nats_url": "none", "block_key_file": key_file, **own},
             )
             host_type = PrefillHost if role == "prefill" else DecodeHost
-            host = host_type(worker_settings, load=lambda: loaded, bus=cluster.bus)
+            host = host_type(worker_settings, load=lambda: loaded, bus=cluster.bus if bus is None else None)
             await host.start()
             stack.push_async_callback(_stop, cluster, host, keep_stopped)
             cluster.hosts.append(host)
