@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from baton.load.bare_app import DONE, split_events
+from baton.load.bare_app import DONE, SAID, split_events
 from baton.load.report import Row, median_row
 from baton.load.server import gateway
 
@@ -31,6 +31,7 @@ REPEATS = 5
 LATENCY_STREAMS = 16
 LATENCY_TOKENS = 250
 LATENCY_EVERY_S = 0.04
+LATENCY_REPEATS = 2
 LONG_PROMPT_BYTES = 2_000_000
 HEALTH_S = 10.0
 
@@ -43,35 +44,29 @@ def bench_gateway() -> list[Row]:
             asyncio.run(_record(url))  # warms up
             recorded = asyncio.run(_record(url))
             (folder / "streams").write_bytes(b"".join(recorded))
+            calm = [b"".join(split_events(stream)[:LATENCY_TOKENS]) + DONE for stream in recorded]
+            (folder / "calm").write_bytes(b"".join(calm))
             ours: list[float] = []
             bare: dict[str, list[float]] = {option: [] for option in ("", "--in-turns")}
             for _ in range(REPEATS):
                 ours.append(asyncio.run(_mb_per_s(url)))
                 for option, figures in bare.items():
-                    with _bare_app(folder / "streams", option) as bare_url:
+                    with _bare_app(folder / "streams", *option.split()) as bare_url:
                         figures.append(asyncio.run(_mb_per_s(bare_url)))
             health_ms = asyncio.run(_health_under_load(url))
         with _token_source(LATENCY_EVERY_S) as slow, gateway(slow.address, log=folder / "latency.log") as url:
-            latency_ms = asyncio.run(_latency_ms(url, slow))
+            latencies: dict[str, list[float]] = {"ours": [], "bare": []}
+            for _ in range(LATENCY_REPEATS):
+                latencies["ours"] += asyncio.run(_latency_ms(url, slow))
+                with _bare_app(folder / "calm", "--every", str(LATENCY_EVERY_S)) as bare_url:
+                    latencies["bare"] += asyncio.run(_bare_latency_ms(bare_url))
     num_events = sum(len(split_events(stream)) for stream in recorded) / NUM_STREAMS
     streams = f"{NUM_STREAMS} streams of {NUM_TOKENS} tokens in {num_events:.0f} events"
     return [
         median_row(f"gateway: {streams}", "MB/s", ours, "bare uvicorn app, same bytes:", bare[""]),
         median_row("the same", "MB/s", ours, "bare app, each event in its own turn:", bare["--in-turns"]),
-        Row(
-            "token from worker to client, p50",
-            float(np.percentile(latency_ms, 50)),
-            "ms",
-            limit_name="wanted:",
-            limit=1.0,
-        ),
-        Row(
-            "token from worker to client, p99",
-            float(np.percentile(latency_ms, 99)),
-            "ms",
-            limit_name="wanted:",
-            limit=5.0,
-        ),
+        *_latency_rows(50, 1.0, latencies["ours"], latencies["bare"]),
+        *_latency_rows(99, 5.0, latencies["ours"], latencies["bare"]),
         Row(
             f"/health during {NUM_STREAMS} such streams and 2 MB prompts, slowest of {len(health_ms)}",
             max(health_ms),
@@ -80,6 +75,17 @@ def bench_gateway() -> list[Row]:
             limit_name="wanted:",
             limit=100.0,
         ),
+    ]
+
+
+def _latency_rows(share: int, wanted_ms: float, ours: list[float], bare: list[float]) -> list[Row]:
+    """A percentile as it is, beside that of the bare application, and what is left without that."""
+    value, floor = float(np.percentile(ours, share)), float(np.percentile(bare, share))
+    name = f"token from worker to client, p{share}"
+    return [
+        Row(name, value, "ms", limit_name="wanted:", limit=wanted_ms),
+        Row("the same", value, "ms", limit_name="bare app, from its step to client:", limit=floor),
+        Row("the difference of these two", value - floor, "ms", limit_name="wanted:", limit=wanted_ms),
     ]
 
 
@@ -119,8 +125,8 @@ def _token_source(every_s: float) -> Iterator[_Source]:
 
 
 @contextmanager
-def _bare_app(streams: Path, option: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "baton.load.bare_app", str(streams), *([option] if option else [])]
+def _bare_app(streams: Path, *options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "baton.load.bare_app", str(streams), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
     try:
         assert process.stdout is not None
@@ -201,6 +207,22 @@ async def _latency_ms(url: str, source: _Source) -> list[float]:
         pairs = list(zip(said[_stream_name(index)], heard, strict=True))
         latencies += [(heard_s - said_s) * 1e3 for said_s, heard_s in pairs[skipped:]]
     return latencies
+
+
+async def _bare_latency_ms(url: str) -> list[float]:
+    """The same of a bare application that steps at the same pace."""
+    arrivals: list[list[float]] = [[] for _ in range(LATENCY_STREAMS)]
+
+    def note(index: int, piece: bytes) -> None:
+        heard_s = time.perf_counter()
+        arrivals[index] += [(heard_s - float(event.partition(b",")[0])) * 1e3 for event in piece.split(SAID)[1:]]
+
+    async def read(index: int) -> None:
+        await _stream(url, _body(LATENCY_TOKENS), functools.partial(note, index))
+
+    await asyncio.gather(*map(read, range(LATENCY_STREAMS)))
+    skipped = int(1.0 / LATENCY_EVERY_S)
+    return [latency for stream in arrivals for latency in stream[skipped:]]
 
 
 def _stream_name(index: int) -> str:
