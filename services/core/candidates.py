@@ -25,7 +25,7 @@ class Mode(StrEnum):
 
     REMOTE = "remote"  # prefill worker, then decode worker
     LOCAL = "local"  # the decode worker prefills itself
-    COLOCATED = "colocated"  # the worker's role is to do both
+    COLOCATED = "colocated"  # one worker does both: it is its role, or a prefill worker answers a short request whole
 
 
 class Placement(StrEnum):
@@ -47,18 +47,27 @@ class WorkerView:
     compatibility: str  # equal strings: the same blocks
     host_id: str = ""
     queued_tokens: int = 0  # prompt tokens waiting or being computed
-    running: int = 0
+    running: int = 0  # requests; of a prefill worker those that it answers itself
     max_num_seqs: int = 256
     available_blocks: int = 1 << 30  # free or evictable
     max_num_batched_tokens: int = 2048
     cost: WorkerCost = field(default_factory=WorkerCost)
     tightest_tpot_s: float | None = None  # the strictest target of the streams that run there; None: none has one
     wire_versions: VersionRange = WIRE_VERSIONS  # of the transfer protocol
+    answers_whole: bool = False  # of a prefill worker: it can answer a request itself
+    gets_handoffs: bool = True  # of a decode worker: others hand over to it now and then
 
     def exchanges_blocks_with(self, other: WorkerView) -> bool:
         """They have the same blocks, and a version of the wire in common: a newer release and the one before it do."""
         is_spoken = common_version(self.wire_versions, other.wire_versions) is not None
         return is_spoken and self.compatibility == other.compatibility
+
+
+class Answer(NamedTuple):
+    """What is expected of a request's answer, in tokens that are to come."""
+
+    num_tokens: int  # probably
+    max_tokens: int  # at most
 
 
 @dataclass(slots=True)  # not frozen: that would cost a microsecond a request
@@ -76,6 +85,7 @@ class RoutedRequest:
     fetch: FetchPolicy | None = None  # None: blocks that others hold are not fetched
     ttft_target_s: float | None = None  # what was promised to the client; None: nothing
     tpot_target_s: float | None = None
+    answer: Answer | None = None  # None: what comes after the first token is not compared, and nobody answers it whole
 
     def num_uncached_tokens(self, worker_id: str, fetch: FetchPlan | None = None) -> int:
         num_blocks = self.cached_blocks.get(worker_id, 0) if fetch is None else fetch.num_blocks
@@ -96,6 +106,7 @@ class Candidate(NamedTuple):
     fetch: FetchPlan | None = None  # what the worker that prefills gets from a third one first
     num_misses: int = 0  # targets that are predicted to be missed: its own, and those of the streams beside it
     curiosity_s: float = 0.0  # what is given for learning the worker's speed
+    slowness: float = 1.0  # how many times its own time the prompt is expected to take, beside the worker's streams
 
     @property
     def ttft_s(self) -> float:

@@ -26,6 +26,9 @@ _POOL_WEIGHT = 2.0  # of the pool's mean beside a worker's own observations
 # Until so many prompts are known of a worker, up to this part of a prompt's time is given for learning more.
 _ENOUGH, _CURIOSITY = 4.0, 0.2
 _LEAST_S = 1e-7
+# What lies between two tokens around a handoff changes with the load: it counts for a minute, and after some it is not known
+# any more, so that handing over is tried again where it was too slow once.
+_GAP_HALF_LIFE_S, _LEAST_GAPS = 60.0, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,10 @@ class _Mean:
     y: float = 0.0
     weight: float = 0.0
     at_s: float = -math.inf
+    half_life_s: float = HALF_LIFE_S
 
     def weight_at(self, now: float) -> float:
-        return self.weight * 0.5 ** ((now - self.at_s) / HALF_LIFE_S) if now > self.at_s else self.weight
+        return self.weight * 0.5 ** ((now - self.at_s) / self.half_life_s) if now > self.at_s else self.weight
 
     def add(self, x: float, y: float, now: float) -> None:
         before = min(self.weight_at(now), _MOST_WEIGHT - 1.0)
@@ -61,6 +65,7 @@ class _Known:
 
     prefill: dict[int, _Mean] = field(default_factory=dict)  # by the bits of the number of tokens
     decode: dict[int, _Mean] = field(default_factory=dict)  # by the bits of the batch
+    gap: _Mean | None = None  # around handoffs, and how far it is from that mostly
 
 
 class CostBook:
@@ -89,6 +94,17 @@ class CostBook:
             mean = one.decode.setdefault(batch.bit_length(), _Mean())
             mean.add(batch, _bounded(step_s, known.step_s(batch) if known else None), now)
 
+    def on_handoff(self, incarnation: str, pool: str, gap_s: float, now: float) -> None:
+        """The second token of a request that was handed over to a worker came so long after the first."""
+        if gap_s <= 0:
+            return
+        for known in (self._of(incarnation), self._pool(pool)):
+            gap = known.gap
+            if gap is None or gap.weight_at(now) < _LEAST_GAPS:
+                gap = known.gap = _Mean(half_life_s=_GAP_HALF_LIFE_S)
+            seen_s = _bounded(gap_s, gap.x if gap.weight else None)
+            gap.add(seen_s, abs(seen_s - gap.x) if gap.weight else 0.0, now)
+
     def forget_all_but(self, alive: Sequence[str]) -> None:
         """Drops workers that are gone. What their pool learned from them stays."""
         for incarnation in self._workers.keys() - set(alive):
@@ -108,7 +124,14 @@ class CostBook:
             curve=curve,
             decode=decode,
             curiosity=_CURIOSITY * max(0.0, 1.0 - num_known / _ENOUGH),
+            gap_s=self._gap_s(incarnation, pool, now),
         )
+
+    def _gap_s(self, incarnation: str, pool: str, now: float) -> float | None:
+        """What most handoffs keep to: the mean and the mean distance from it."""
+        own = _still_known(self._workers.get(incarnation, _NOTHING).gap, now)
+        others = _still_known(self._pools.get(pool, _NOTHING).gap, now)
+        return None if own is None and others is None else sum(_blend(own, others, now))
 
     def num_observed(self, incarnation: str, now: float) -> float:
         """Prompts of a worker that still count."""
@@ -157,9 +180,20 @@ class CostBook:
             batch, step_s = points[0]
             scale = step_s / max(profile.step_s(round(batch)), _LEAST_S)
             return DecodeCost(profile.base_s * scale, profile.per_sequence_s * scale)
+        if not points:
+            return self._decode_of_others(pool, now)
         if len(points) < 2:
             return None
         return fit_decode(points)
+
+    def _decode_of_others(self, pool: str, now: float) -> DecodeCost | None:
+        """Prefill workers that have answered nothing yet are taken to step as quickly as those that decode."""
+        for other in sorted(self._pools.keys() | self._profiles.keys()):
+            if other != pool and (
+                self._pools.get(other, _NOTHING).decode or self._profiles.get(other, _NO_PROFILE).decode
+            ):
+                return self._decode("", other, now)
+        return None
 
     def _of(self, incarnation: str) -> _Known:
         return self._workers.setdefault(incarnation, _Known())
@@ -180,6 +214,10 @@ def fit_decode(points: Sequence[tuple[float, float]]) -> DecodeCost:
         slope = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True)) / spread
     slope = min(max(slope, 0.0), mean_y / mean_x if mean_x > 0 else 0.0)
     return DecodeCost(max(0.0, mean_y - slope * mean_x), slope)
+
+
+def _still_known(gap: _Mean | None, now: float) -> _Mean | None:
+    return None if gap is None or gap.weight_at(now) < _LEAST_GAPS else gap
 
 
 def _blend(own: _Mean | None, pool: _Mean | None, now: float) -> tuple[float, float]:

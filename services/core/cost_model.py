@@ -47,6 +47,7 @@ class WorkerCost:
     ``curve``: (tokens, seconds), both growing; between two points it is a line, beyond the last one it goes on like the last
     piece. Without one a prompt takes its tokens' time, but the floor at least. ``decode_step_s`` is a step as they went lately.
     ``curiosity``: the part of a prompt's time by which its price is lowered, because of what would be learned from it.
+    ``gap_s``: what lies between the first two tokens of a request that is handed over to it; None: not known.
     """
 
     prefill_s_per_token: float = DEFAULT_PREFILL_S_PER_TOKEN
@@ -55,6 +56,7 @@ class WorkerCost:
     curve: tuple[tuple[int, float], ...] = ()
     decode: DecodeCost | None = None
     curiosity: float = 0.0
+    gap_s: float | None = None
 
     def prefill_s(self, num_tokens: int) -> float:
         """Seconds to compute ``num_tokens`` prompt tokens that no cache holds."""

@@ -13,7 +13,17 @@ from baton.services.core.cost_model import OTHER_HOST, SAME_HOST, LinkCost
 from baton.services.core.fetch import FetchMode, FetchPlan, FetchPolicy
 from baton.services.core.fleet import Seat
 from baton.services.core.links import Link, LinkState, LinkView, PairKey, Standing
-from baton.services.core.pricing import beside_streams, blocks_wait_s, num_missed, stalls_s
+from baton.services.core.pricing import (
+    beside,
+    beside_answers,
+    blocks_wait_s,
+    handoff_gap_s,
+    handoff_s,
+    may_answer,
+    num_missed,
+    stalls_s,
+    whole_answer,
+)
 from baton.services.core.router import explain
 
 # More than any price: a way that meets its targets comes before one that does not.
@@ -24,7 +34,8 @@ _MAX_FETCH_HOLDERS = 3
 _Fetch: TypeAlias = tuple[float, Seat, int, int, float]  # fetch_s, holder, num_blocks, num_new, compute_s
 _Head: TypeAlias = tuple[float, int, Seat, float, _Fetch | None]  # start_s, order, who prefills, prefill_s, fetch
 _Tail: TypeAlias = tuple[float, int, Seat, float, int]  # load_s, order, who decodes, wait_s, num_cached
-# rank, order, head, tail, prefill_s, transfer_s, stall_s, num_misses, fetch
+# rank, order, head, tail, prefill_s, transfer_s, stall_s, num_misses, fetch. Without a head whoever decodes computes the
+# prompt; of a prefill worker that answers whole, prefill_s is what it takes alone.
 _Way: TypeAlias = tuple[float, int, _Head | None, _Tail, float, float, float, int, _Fetch | None]
 
 
@@ -62,6 +73,8 @@ def cheapest(
         return None  # others may pair
     is_only_compared = placement is Placement.REMOTE and bool(remote)
     local = _local(request, tails[:1] if is_only_compared else tails, fetches)
+    if placement is Placement.AUTO:
+        local = sorted(local + _whole(request, few, fetches))[:2]
     if placement is Placement.REMOTE:
         ranked = remote + local
     elif placement is Placement.LOCAL:
@@ -84,33 +97,42 @@ def cheapest(
 def _candidate(way: _Way, request: RoutedRequest) -> Candidate:
     _, _, head, tail, prefill_s, transfer_s, stall_s, num_misses, fetch = way
     decode = tail[2]
-    plan: FetchPlan | None = None
-    if fetch is not None and request.fetch is not None:
-        fetch_s, holder, num_blocks, num_new, compute_s = fetch
-        patience_s = request.fetch.min_patience_s + compute_s
-        plan = FetchPlan(holder.worker_id, num_blocks, num_new, fetch_s, compute_s, patience_s)
+    plan = _plan(request, fetch)
     if head is not None:
         prefill = head[2]
+        slowness = beside_answers(request, prefill.view, prefill.running)[0]
         return Candidate(
             Mode.REMOTE,
             decode.view,
             prefill.view,
-            prefill.queue_s,
+            slowness * prefill.queue_s,
             prefill_s,
             transfer_s,
             tail[3],
-            decode.crowding_s + decode.queue_s,
+            decode.crowding_s + decode.queue_s + stall_s,
             plan,
             num_misses,
             prefill.curiosity * prefill_s,
+            slowness,
         )
+    if decode.is_prefill:
+        return whole_answer(request, decode.current_view(), prefill_s, plan)
     mode = Mode.LOCAL if decode.view.role is Role.DECODE else Mode.COLOCATED
     interference_s = decode.crowding_s + stall_s
     worth_s = decode.curiosity * prefill_s
-    queue_s = beside_streams(decode.view, decode.running, request.tpot_target_s)[0] * decode.queue_s
+    slowness = beside(request, decode.view, decode.running)[0]
+    queue_s = slowness * decode.queue_s
     return Candidate(
-        mode, decode.view, None, queue_s, prefill_s, 0.0, tail[3], interference_s, plan, num_misses, worth_s
+        mode, decode.view, None, queue_s, prefill_s, 0.0, tail[3], interference_s, plan, num_misses, worth_s, slowness
     )
+
+
+def _plan(request: RoutedRequest, fetch: _Fetch | None) -> FetchPlan | None:
+    if fetch is None or request.fetch is None:
+        return None
+    fetch_s, holder, num_blocks, num_new, compute_s = fetch
+    patience_s = request.fetch.min_patience_s + compute_s
+    return FetchPlan(holder.worker_id, num_blocks, num_new, fetch_s, compute_s, patience_s)
 
 
 def _tails(request: RoutedRequest, few: Few) -> list[_Tail]:
@@ -138,6 +160,7 @@ def _remote(request: RoutedRequest, few: Few, tails: Sequence[_Tail], fetches: _
         start_s, _, prefill, prefill_s, fetch = head
         if start_s >= limit:
             break
+        slowness, num_disturbed = beside_answers(request, prefill.view, prefill.running)
         peers, host_id, row = prefill.lane.peers, prefill.host_id, links.row(prefill.incarnation)
         num_last = num_blocks
         if request.num_tokens > prefill.view.max_num_batched_tokens:
@@ -161,13 +184,17 @@ def _remote(request: RoutedRequest, few: Few, tails: Sequence[_Tail], fetches: _
                 num_sent = num_last
             transfer_s = cost.fixed_s + num_sent * block_bytes / cost.bytes_per_s
             rank += transfer_s
-            num_misses = 0
+            num_misses, gap_s, waits_s = num_disturbed, None, 0.0
+            if request.answer is not None:
+                decoder = decode.current_view()
+                gap_s = handoff_gap_s(decoder, decoder.running, transfer_s)
+                waits_s = handoff_s(request, prefill.current_view(), decoder, prefill_s / slowness, gap_s)
             if has_targets:
                 ttft_s = start_s + prefill.curiosity * prefill_s + transfer_s + tail[3]
-                num_misses = num_missed(request, ttft_s, decode.view, decode.running)
-                rank += num_misses * _MISS_S
+                num_misses += num_missed(request, ttft_s, decode.view, decode.running, gap_s)
+            rank += waits_s + num_misses * _MISS_S
             if rank < limit:
-                ways.append((rank, len(ways), head, tail, prefill_s, transfer_s, 0.0, num_misses, fetch))
+                ways.append((rank, len(ways), head, tail, prefill_s, transfer_s, waits_s, num_misses, fetch))
                 if len(ways) > 1:
                     ways.sort()
                     del ways[2:]
@@ -185,7 +212,7 @@ def _local(request: RoutedRequest, tails: Sequence[_Tail], fetches: _Fetches) ->
         fetch_s = 0.0 if fetch is None else fetch[0]
         stall_s, num_misses, queue_s = stalls_s(decode.view, decode.running, prefill_s), 0, decode.queue_s
         if has_targets or decode.view.tightest_tpot_s is not None:
-            slowness, num_misses = beside_streams(decode.view, decode.running, request.tpot_target_s)
+            slowness, num_misses = beside(request, decode.view, decode.running)
             load_s += (slowness - 1.0) * queue_s
             queue_s, prefill_s = slowness * queue_s, slowness * prefill_s
         if has_targets:
@@ -196,6 +223,19 @@ def _local(request: RoutedRequest, tails: Sequence[_Tail], fetches: _Fetches) ->
     if len(ways) > 1:
         ways.sort()
         del ways[2:]
+    return ways
+
+
+def _whole(request: RoutedRequest, few: Few, fetches: _Fetches) -> list[_Way]:
+    """The prefill workers that could answer it themselves. Few enough to be priced one by one."""
+    ways: list[_Way] = []
+    for seat in few.prefill:
+        if may_answer(request, seat.view, seat.running):
+            own_s, fetch = fetches.prefill_s(seat, math.inf)
+            candidate = whole_answer(request, seat.current_view(), own_s, _plan(request, fetch))
+            rank = candidate.price_s + candidate.num_misses * _MISS_S
+            tail = (seat.load_s, len(ways), seat, 0.0, few.cached[seat.worker_id])
+            ways.append((rank, len(few.decode) + len(ways), None, tail, own_s, 0.0, 0.0, candidate.num_misses, fetch))
     return ways
 
 
@@ -228,6 +268,9 @@ class _Fetches:
         for seat in prefill:
             queue_s = seat.queue_s
             prefill_s, fetch = self.prefill_s(seat, quickest_s - queue_s)
+            if seat.running:
+                slowness = beside_answers(self._request, seat.view, seat.running)[0]
+                queue_s, prefill_s = slowness * queue_s, slowness * prefill_s
             start_s = queue_s + prefill_s if fetch is None else queue_s + fetch[0] + prefill_s
             start_s -= seat.curiosity * prefill_s
             heads.append((start_s, len(heads), seat, prefill_s, fetch))

@@ -163,6 +163,7 @@ def _remote(start: Start, decode: Seat, transfer_s: float) -> Candidate:
             None if fetch is None else FetchPlan._make(fetch),
             0,
             prefill.curiosity * prefill_s,
+            1.0,
         ),
     )
 
@@ -175,5 +176,5 @@ def _local(request: RoutedRequest, decode: Seat, num_cached: int) -> Candidate:
     worth_s = decode.curiosity * prefill_s
     return _new(
         Candidate,
-        (_LOCAL, decode.view, None, decode.queue_s, prefill_s, 0.0, decode.wait_s, stall_s, None, 0, worth_s),
+        (_LOCAL, decode.view, None, decode.queue_s, prefill_s, 0.0, decode.wait_s, stall_s, None, 0, worth_s, 1.0),
     )

@@ -1,7 +1,8 @@
 """Which workers run a request: filters, then a price for every candidate, then the cheapest.
 
 By default a prompt goes through the prefill pool whenever a usable pair exists, and the price picks the pair; without one
-the decode worker prefills itself. ``Placement.AUTO`` lets the price decide that as well. The best way that was not chosen
+the decode worker prefills itself. ``Placement.AUTO`` lets the price decide that as well, and whether a prefill worker answers a
+short request whole. The best way that was not chosen
 is kept in the decision, so that every receipt tells what it was.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+from baton.services.core.candidates import Answer as Answer
 from baton.services.core.candidates import Candidate as Candidate
 from baton.services.core.candidates import Mode as Mode
 from baton.services.core.candidates import Placement as Placement
@@ -19,7 +21,7 @@ from baton.services.core.candidates import RoutingDecision as RoutingDecision
 from baton.services.core.candidates import WorkerView as WorkerView
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.links import LinkMatrix, LinkView, PairKey, Standing
-from baton.services.core.pricing import price_local, price_remote
+from baton.services.core.pricing import may_answer, price_local, price_remote, price_whole
 
 
 def route(
@@ -50,10 +52,15 @@ def route(
         and (prefiller.incarnation, decoder.incarnation) not in request.excluded_pairs
         and links.standing(PairKey(prefiller.incarnation, decoder.incarnation), now) is not Standing.FAILED
     ]
+    whole = [
+        price_whole(request, prefiller, usable, links, now)
+        for prefiller in prefillers
+        if placement is Placement.AUTO and may_answer(request, prefiller, prefiller.running)
+    ]
     groups = {
         Placement.REMOTE: (remote, local),
         Placement.LOCAL: (local, remote),
-        Placement.AUTO: (remote + local,),
+        Placement.AUTO: (remote + local + whole,),
     }[placement]
     ranked = [c for group in groups for c in sorted(group, key=lambda c: _rank(request, c, links, now))]
     chosen = ranked[0]
@@ -85,6 +92,9 @@ def _rank(
 
 
 def explain(chosen: Candidate, placement: Placement, num_remote: int, num_local: int) -> str:
+    if chosen.decode.role is Role.PREFILL:
+        others = f"{num_remote} prefill/decode pairs and {num_local} decode workers"
+        return f"a prefill worker answers it whole, cheaper than any of {others}"
     if chosen.mode is Mode.COLOCATED:
         return f"cheapest of {num_local} colocated workers"
     if chosen.mode is Mode.REMOTE:

@@ -20,7 +20,8 @@ from baton.services.core.lifecycle import Instant
 from baton.services.core.links import OTHER_TRANSPORT, LinkMatrix, PairKey, blames_link
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.quick_route import FleetRouter
-from baton.services.core.router import Placement, RoutedRequest, RoutingDecision, WorkerView
+from baton.services.core.router import Answer, Placement, Role, RoutedRequest, RoutingDecision, WorkerView
+from baton.services.core.scheduler.output_length import OutputLengthEstimator
 from baton.services.core.token_order import TokenDelta
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.layouts import block_bytes
@@ -50,7 +51,10 @@ class WorkerDispatcher:
         fetch: FetchPolicy | None = None,
         on_start: Callable[[], None] = lambda: None,
         links: LinkMatrix | None = None,
+        output_lengths: OutputLengthEstimator | None = None,
     ) -> None:
+        """``output_lengths``: what is known of answers' lengths; whoever learns it shares it."""
+        self._output_lengths = output_lengths or OutputLengthEstimator()
         self._on_start = on_start
         self._links = links or LinkMatrix()
         self._placement = placement
@@ -116,7 +120,7 @@ class WorkerDispatcher:
         )
         record = self._receipts.open(request)
         record.attempts, record.fallbacks = ladder.attempts, ladder.fallbacks
-        run = self._runs[request.request_id] = Run(request, record, ladder, deadline_s)
+        run = self._runs[request.request_id] = Run(request, record, ladder, deadline_s, self._clock)
         run.arrivals.take = run.take
         self._on_start()
         return run
@@ -209,9 +213,15 @@ class WorkerDispatcher:
             fetch=self._fetch,
             ttft_target_s=_left_s(run.record, now_s),
             tpot_target_s=_seconds(run.record.slo_tpot_ms),
+            answer=self._expected_answer(run) if wish.placement is Placement.AUTO else None,
         )
         assert self._registry.fleet is self._router.fleet  # and is up to date now
         return self._router.route(routed, run.block_names, wish.placement, self._links, now_s)
+
+    def _expected_answer(self, run: Run) -> Answer:
+        num_there, max_tokens = len(run.ladder.token_ids), run.request.sampling.max_tokens
+        num_expected = self._output_lengths.expected(max_tokens, num_there)
+        return Answer(max(1, num_expected - num_there), max_tokens - num_there)
 
     # Commands of the ladder.
 
@@ -233,6 +243,8 @@ class WorkerDispatcher:
                 case Emit(delta):
                     if delta.tokens:
                         run.request.trace.mark(Instant.FIRST_TOKEN, self._clock())
+                        if run.record.completion_tokens == 1:
+                            run.record.second_token_s = self._clock()
                     run.record.completion_tokens += len(delta.tokens)
                     deltas.append(self._with_cached_tokens(run, delta))
                 case End():
@@ -274,6 +286,9 @@ class WorkerDispatcher:
             self._links.on_fetch_start(run.fetching, run.sent_s)
         tpot_target_s = _seconds(run.record.slo_tpot_ms)
         # The decode worker first: it then knows of the handoff when the prefill worker asks it for slots.
+        if chosen.decode.role is Role.PREFILL:
+            decode.start(prefill_pb2.Start(spec=spec, fetch=fetch), run.arrivals, tpot_target_s)
+            return
         if prefill is None:
             decode.start(decode_pb2.Start(spec=spec, fetch=fetch), run.arrivals, tpot_target_s)
             return

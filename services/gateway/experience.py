@@ -12,9 +12,9 @@ from baton.services.core.cost_model import DecodeCost
 from baton.services.core.errors import ConfigurationError
 from baton.services.core.lifecycle import Instant
 from baton.services.core.links import LinkMatrix
-from baton.services.core.pricing import beside_streams
 from baton.services.core.regret import Comparison, RegretBook
-from baton.services.core.router import WorkerView
+from baton.services.core.router import Candidate, WorkerView
+from baton.services.core.scheduler.output_length import OutputLengthEstimator
 from baton.services.core.threshold import handover_threshold
 from baton.services.gateway.layouts import block_bytes
 from baton.services.gateway.receipts import GenerationRecord
@@ -28,7 +28,10 @@ _WENT_WELL = ("stop", "length", "tool_calls")
 class Experience:
     """``learn`` from every record that has ended. Lives on the gateway's event loop."""
 
-    def __init__(self, costs: CostBook, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, costs: CostBook, clock: Callable[[], float], output_lengths: OutputLengthEstimator | None = None
+    ) -> None:
+        self._output_lengths = output_lengths or OutputLengthEstimator()
         self._costs = costs
         self._clock = clock
         self.regrets = RegretBook()
@@ -44,13 +47,10 @@ class Experience:
         if prefill_ms is not None and record.computed_tokens:
             pool = prefiller.role.value
             prefill_s = prefill_ms / 1e3
-            if chosen.prefill is None:  # what the streams beside it took is priced by how many there are
-                tpot_target_s = None if record.slo_tpot_ms is None else record.slo_tpot_ms / 1e3
-                prefill_s /= beside_streams(chosen.decode, chosen.decode.running, tpot_target_s)[0]
+            prefill_s /= chosen.slowness  # what the streams beside it took is priced by how many there are
             self._costs.on_prefill(prefiller.incarnation, pool, record.computed_tokens, prefill_s, now)
-        if record.tpot_ms is not None:
-            decode = chosen.decode
-            self._costs.on_decode(decode.incarnation, decode.role.value, decode.running + 1, record.tpot_ms / 1e3, now)
+        self._output_lengths.observe(record.completion_tokens)
+        self._learn_steps(record, chosen, now)
         ttft_ms = trace.between_ms(Instant.ROUTED, Instant.FIRST_TOKEN)
         if ttft_ms is None:
             return None
@@ -70,6 +70,17 @@ class Experience:
         return handover_threshold(
             few, links, self._clock(), block_size=layout.block_size or 16, block_bytes=block_bytes(layout)
         )
+
+    def _learn_steps(self, record: GenerationRecord, chosen: Candidate, now: float) -> None:
+        """A handoff lies between the first two tokens of an answer, and says nothing about steps."""
+        decode, num_steps, begun_s = chosen.decode, record.completion_tokens - 1, record.trace.at(Instant.FIRST_TOKEN)
+        pool = decode.role.value
+        if chosen.prefill is not None and begun_s is not None and record.second_token_s is not None:
+            self._costs.on_handoff(decode.incarnation, pool, record.second_token_s - begun_s, now)
+            num_steps, begun_s = num_steps - 1, record.second_token_s
+        ended_s = record.trace.at(Instant.ENDED)
+        if num_steps > 0 and begun_s is not None and ended_s is not None:
+            self._costs.on_decode(decode.incarnation, pool, decode.running + 1, (ended_s - begun_s) / num_steps, now)
 
     def describe(self, registry: Registry, links: LinkMatrix, placement: str) -> dict[str, object]:
         """``GET /v1/decisions``: from which length on prompts are worth handing over now, what workers cost, and what came of
@@ -93,6 +104,7 @@ def _describe(view: WorkerView) -> dict[str, object]:
         "prefill_ms": {str(tokens): round(seconds * 1e3, 3) for tokens, seconds in cost.curve},
         "prefill_ms_per_token": round(cost.prefill_s_per_token * 1e3, 6),
         "decode_step_ms": round(cost.decode_step_s * 1e3, 3),
+        "handoff_gap_ms": None if cost.gap_s is None else round(cost.gap_s * 1e3, 3),
         "decode_ms_per_sequence": None if cost.decode is None else round(cost.decode.per_sequence_s * 1e3, 6),
     }
 

@@ -30,6 +30,7 @@ class GenerationRecord:
     cached_tokens: int = 0
     computed_tokens: int = 0  # of the prompt, by the worker that prefilled it
     completion_tokens: int = 0
+    second_token_s: float | None = None  # when that came, where it did not come with the first
     transfer: pb.TransferReport | None = None
     fetch: pb.FetchReport | None = None
     outcome: str | None = None  # the one end

@@ -21,6 +21,7 @@ from baton.services.core.cost_learning import CostBook
 from baton.services.core.errors import BatonError, ErrorCode
 from baton.services.core.fleet import Fleet
 from baton.services.core.router import Role, WorkerView
+from baton.services.core.scheduler.pace import HANDOFF_MEMORY_S
 from baton.services.gateway.layouts import compatibility_key, wire_versions
 from baton.services.gateway.reported import Reported
 from baton.services.gateway.worker_link import WorkerLink
@@ -45,6 +46,7 @@ class KnownWorker:
     status: pb.WorkerStatus
     link: WorkerLink
     heard_s: float
+    others_answering: int = 0  # requests of other gateways that a prefill worker answers itself, when it was heard
     task: asyncio.Task[None] | None = None
 
     @property
@@ -126,6 +128,7 @@ class Registry:
             known.task = asyncio.create_task(self._keep_linked(known), name=f"link-{worker_id}")
             log.info("worker found", worker_id=worker_id, role=role.value, address=status.address)
         known.status, known.heard_s = status, self._clock()
+        known.others_answering = max(0, status.answering - known.link.num_answering)
         self._mark(worker_id)
         self._on_heard()
         self._tell_changed()
@@ -320,10 +323,13 @@ def _unfitness(known: KnownWorker) -> tuple[bool, bool]:
 
 
 def _load(known: KnownWorker) -> tuple[int, int]:
-    """Prompt tokens to compute, and requests. The report is up to a second old; what this gateway has sent since is counted
-    by its link. The larger one is nearer."""
+    """Prompt tokens to compute, and requests, of a prefill worker those that it answers itself. The report is up to a second
+    old; what this gateway has sent since is counted by its link. The larger one is nearer; answers are too short for that."""
     status, link = known.status, known.link
-    return max(status.queued_tokens, link.num_inflight_tokens), max(status.running + status.queued, link.num_inflight)
+    tokens = max(status.queued_tokens, link.num_inflight_tokens)
+    if link.role is Role.PREFILL:
+        return tokens, known.others_answering + link.num_answering
+    return tokens, max(status.running + status.queued, link.num_inflight)
 
 
 def _view(known: KnownWorker, costs: CostBook, now: float) -> WorkerView:
@@ -352,6 +358,8 @@ def _view(known: KnownWorker, costs: CostBook, now: float) -> WorkerView:
         max_num_batched_tokens=status.max_num_batched_tokens or 1,
         cost=cost,
         tightest_tpot_s=link.tightest_tpot_s,
+        answers_whole=status.answers_whole,
+        gets_handoffs=link.handed_over_s > asyncio.get_running_loop().time() - HANDOFF_MEMORY_S,
     )
 
 

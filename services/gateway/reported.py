@@ -16,7 +16,7 @@ class _Said(NamedTuple):
 
     waiting_tokens: int = 0
     max_model_len: int = 0
-    num_streams: int = 0  # of a decode worker
+    num_streams: int = 0  # of a decode worker, and those that a prefill worker answers itself
     prompt_parts: int = 0  # of their steps together
 
 
@@ -33,7 +33,7 @@ class Reported:
 
     def put(self, worker_id: str, status: pb.WorkerStatus) -> None:
         """Its last report."""
-        num_streams = status.running if status.role == pb.WORKER_ROLE_DECODE else 0
+        num_streams = status.running if status.role == pb.WORKER_ROLE_DECODE else status.answering
         self._replace(
             worker_id,
             _Said(
@@ -55,7 +55,7 @@ class Reported:
 
     @property
     def prompt_share(self) -> float:
-        """Of the steps of decode workers' streams, what the prompts take that are computed there: 0 to 1."""
+        """Of the steps of streams, what the prompts take that are computed beside them on their workers: 0 to 1."""
         return self._prompt_parts / (self._num_streams * _PARTS) if self._num_streams else 0.0
 
     def _replace(self, worker_id: str, said: _Said | None) -> None:

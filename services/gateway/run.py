@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.services.core.ladder import Ladder
@@ -24,6 +25,7 @@ class Run:
     record: GenerationRecord
     ladder: Ladder
     deadline_s: float | None
+    clock: Callable[[], float]
     block_names: list[bytes] = field(default_factory=list)
     arrivals: Mailbox[Arrival | None] = field(default_factory=Mailbox)  # None: it may be time
     links: dict[tuple[int, str], WorkerLink] = field(default_factory=dict)  # by attempt and incarnation, until released
@@ -52,6 +54,8 @@ class Run:
         """Counts tokens in the middle of the generation, which are to be passed on. False: they are something else."""
         if not self.ladder.take_next(arrival.attempt, arrival.link.incarnation, row.first_index, row.token_ids):
             return False
+        if self.record.completion_tokens == 1:
+            self.record.second_token_s = self.clock()
         self.record.completion_tokens += len(row.token_ids)
         return True
 

@@ -25,6 +25,7 @@ from baton.services.core.ladder_steps import LadderLimits
 from baton.services.core.links import LinkMatrix
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.router import Placement, Role
+from baton.services.core.scheduler.output_length import OutputLengthEstimator
 from baton.services.engine.config_file import ConfigFile
 from baton.services.engine.model_folder import resolve_model_folder
 from baton.services.gateway.app import create_admin_app, create_app
@@ -100,7 +101,8 @@ class GatewayService:
         model, tokenizer = await asyncio.to_thread(self._load_model)
         stack.callback(tokenizer.close)
         costs = CostBook(read_profiles(settings.profile) if settings.profile else None)
-        self._experience = Experience(costs, time.monotonic)
+        output_lengths = OutputLengthEstimator()
+        self._experience = Experience(costs, time.monotonic, output_lengths)
         self._registry = Registry(
             self._identity,
             clock=time.monotonic,
@@ -124,6 +126,7 @@ class GatewayService:
             fetch=FetchPolicy(FetchMode(settings.fetch)),
             on_start=self._metrics.request_admitted,
             links=self._links,
+            output_lengths=output_lengths,
         )
         self._deps = GatewayDeps(
             dispatcher=dispatcher,

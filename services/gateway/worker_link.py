@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class _Open:
     arrivals: Mailbox[Arrival | None]
     num_tokens: int  # of its prompt, to be computed there
     tpot_target_s: float | None = None
+    is_whole: bool = False  # a prefill worker answers it itself
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +75,10 @@ class WorkerLink:
     _last_handle: int = 0
     num_inflight_tokens: int = 0
     """Prompt tokens of this gateway's requests that are to be computed there, those that the last report knows of included."""
+    num_answering: int = 0
+    """Requests of this gateway that a prefill worker answers itself."""
+    handed_over_s: float = -math.inf
+    """When a request was last sent there whose prompt another worker computes, on the event loop's clock."""
     _commands: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     _bell: Bell = field(default_factory=Bell)
 
@@ -165,14 +171,18 @@ class WorkerLink:
         spec = request.spec
         key = (spec.request_id, spec.attempt)
         is_handed_over = isinstance(request, decode_pb2.Start) and request.HasField("prefill")
+        is_whole = isinstance(request, prefill_pb2.Start) and not request.HasField("decode")
         num_tokens = 0 if is_handed_over else len(spec.token_ids)
-        opened = _Open(key, self._new_handle(), arrivals, num_tokens, tpot_target_s)
+        opened = _Open(key, self._new_handle(), arrivals, num_tokens, tpot_target_s, is_whole)
         if not self.is_connected:
             self._tell_lost(opened, "not connected")
         else:
             self._open[key] = self._by_handle[opened.handle] = opened
             spec.handle = opened.handle
             self.num_inflight_tokens += opened.num_tokens
+            self.num_answering += is_whole
+            if is_handed_over:
+                self.handed_over_s = asyncio.get_running_loop().time()
             self.on_load()
             self._commands.put_nowait(self._messages.OpenRequest(start=request))
 
@@ -191,6 +201,7 @@ class WorkerLink:
             return False
         del self._by_handle[opened.handle]
         self.num_inflight_tokens -= opened.num_tokens
+        self.num_answering -= opened.is_whole
         self.on_load()
         return True
 

@@ -20,6 +20,7 @@ from pydantic import ByteSize
 
 from baton.api.common.v1 import common_pb2 as pb
 from baton.services.core.block_hash import BlockNamer
+from baton.services.core.cost_learning import CostBook
 from baton.services.core.fetch import FetchPolicy
 from baton.services.core.lifecycle import Instant
 from baton.services.core.links import LinkMatrix
@@ -30,7 +31,7 @@ from baton.services.decode.__main__ import DecodeHost
 from baton.services.engine.loader import LoadedModel
 from baton.services.gateway.discovery import Discovery
 from baton.services.gateway.dispatch import WorkerDispatcher
-from baton.services.gateway.generation import GenerationRequest
+from baton.services.gateway.generation import GenerationRequest, SloTarget
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
 from baton.services.gateway.registry import Registry
 from baton.services.prefill.__main__ import PrefillHost
@@ -62,15 +63,22 @@ class Cluster:
     """Workers and a dispatcher. Use ``run_cluster``."""
 
     def __init__(
-        self, placement: Placement = Placement.REMOTE, fetch: FetchPolicy | None = None, bus: Bus | None = None
+        self,
+        placement: Placement = Placement.REMOTE,
+        fetch: FetchPolicy | None = None,
+        bus: Bus | None = None,
+        costs: CostBook | None = None,
+        slo: SloTarget | None = None,
     ) -> None:
+        self.slo = slo or SloTarget()
         self.bus = bus or InProcessBus()
         self.hosts: list[WorkerHost[Any]] = []
         self.gateway = pb.WorkerIdentity(worker_id="gateway", incarnation=uuid.uuid4().hex)
         self.prefix_index = PrefixIndex()
         self.ended: list[GenerationRecord] = []
         self.receipts = ReceiptBook(self.ended.append)
-        self.registry = Registry(self.gateway, clock=time.monotonic, on_forget=self.prefix_index.forget)
+        forget = self.prefix_index.forget
+        self.registry = Registry(self.gateway, clock=time.monotonic, on_forget=forget, costs=costs)
         self.discovery = Discovery(self.bus, Subjects("test"), self.gateway, self.registry, self.prefix_index)
         self.links = LinkMatrix()  # nobody probes here unless a test does
         self.dispatcher = WorkerDispatcher(
@@ -95,7 +103,9 @@ class Cluster:
         name = f"test-{next(_ids)}"
         cache_salt = sampling.pop("cache_salt", "")
         params = replace(SamplingParams(max_tokens=max_tokens, temperature=0.0), **sampling)
-        request = GenerationRequest(name, name, "test", list(prompt), params, cache_salt, timeout_s=timeout_s)
+        request = GenerationRequest(
+            name, name, "test", list(prompt), params, cache_salt, timeout_s=timeout_s, slo=self.slo
+        )
         for instant in (Instant.RECEIVED, Instant.ADMITTED, Instant.TOKENIZED):  # what the API layer does
             request.trace.mark(instant, time.monotonic())
         generated = Generated(receipt_id=name)
@@ -169,6 +179,8 @@ async def run_cluster(
     placement: Placement = Placement.REMOTE,
     fetch: FetchPolicy | None = None,
     bus: Bus | None = None,
+    costs: CostBook | None = None,
+    slo: SloTarget | None = None,
     **settings: Any,
 ) -> Any:
     """Starts an installation and stops it. ``mode``: "disaggregated" or "colocated".
@@ -176,7 +188,7 @@ async def run_cluster(
     ``keep_stopped``: a worker that the test took out of ``hosts`` is the test's to stop. ``bus``: the gateway's, not yet
     started; workers then have their own, as the settings say.
     """
-    cluster = Cluster(placement, fetch, bus)
+    cluster = Cluster(placement, fetch, bus, costs, slo)
     roles = ["colocated"] * num_decode if mode == "colocated" else ["prefill"] * num_prefill + ["decode"] * num_decode
     async with AsyncExitStack() as stack:
         if bus is not None:

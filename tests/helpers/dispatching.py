@@ -11,6 +11,7 @@ from helpers.scripted_worker import Behaviour, ScriptedWorker, run_worker
 from helpers.waiting import eventually
 
 from baton.api.common.v1 import common_pb2 as pb
+from baton.services.core.cost_learning import CostBook
 from baton.services.core.errors import ErrorCode
 from baton.services.core.fetch import FetchPolicy
 from baton.services.core.ladder_steps import LadderLimits
@@ -18,7 +19,7 @@ from baton.services.core.lifecycle import Instant
 from baton.services.core.links import LinkMatrix
 from baton.services.core.prefix_index import PrefixIndex
 from baton.services.core.request import FinishReason, SamplingParams
-from baton.services.core.router import Role
+from baton.services.core.router import Placement, Role
 from baton.services.gateway.dispatch import WorkerDispatcher
 from baton.services.gateway.generation import GenerationRequest
 from baton.services.gateway.receipts import GenerationRecord, ReceiptBook
@@ -60,11 +61,17 @@ def take_over(worker: ScriptedWorker, spec: pb.GenerationSpec) -> None:
 
 
 class Dispatching:
-    def __init__(self, limits: LadderLimits, fetch: FetchPolicy | None = None) -> None:
+    def __init__(
+        self,
+        limits: LadderLimits,
+        fetch: FetchPolicy | None = None,
+        placement: Placement = Placement.REMOTE,
+        costs: CostBook | None = None,
+    ) -> None:
         self.ended: list[GenerationRecord] = []
         self.receipts = ReceiptBook(self.ended.append)
         self.now_s = 0.0
-        self.registry = Registry(GATEWAY, clock=lambda: self.now_s)
+        self.registry = Registry(GATEWAY, clock=lambda: self.now_s, costs=costs)
         self.num_started = 0
         self.links = LinkMatrix()
         self.prefix_index = PrefixIndex()
@@ -74,6 +81,7 @@ class Dispatching:
             BLOCK_KEY,
             self.receipts,
             clock=lambda: self.now_s,
+            placement=placement,
             limits=limits,
             fetch=fetch,
             links=self.links,
@@ -113,6 +121,9 @@ async def dispatching(
     prefill: tuple[Behaviour, ...] = (),
     decode: tuple[Behaviour, ...] = (),
     fetch: FetchPolicy | None = None,
+    placement: Placement = Placement.REMOTE,
+    costs: CostBook | None = None,
+    status: dict[str, Any] | None = None,
     **limits: Any,
 ) -> AsyncIterator[tuple[Dispatching, list[ScriptedWorker], list[ScriptedWorker]]]:
     async with AsyncExitStack() as stack:
@@ -123,10 +134,10 @@ async def dispatching(
             ]
             for role, behaviours in ((Role.PREFILL, prefill), (Role.DECODE, decode))
         ]
-        made = Dispatching(LadderLimits(**limits), fetch)
+        made = Dispatching(LadderLimits(**limits), fetch, placement, costs)
         stack.push_async_callback(made.registry.close)
         for worker in (*pools[0], *pools[1]):
-            made.registry.heard(worker.status())
+            made.registry.heard(worker.status(**(status or {})))
         await eventually(lambda: len(made.registry.views()) == len(prefill) + len(decode))
         yield made, *pools
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baton.services.core.block_hash import BlockNamer
 from baton.services.core.block_pool import BlockPool
-from baton.services.core.candidates import Candidate, Placement, Role, RoutedRequest, WorkerView
+from baton.services.core.candidates import Answer, Candidate, Placement, Role, RoutedRequest, WorkerView
 from baton.services.core.cost_learning import CostBook
 from baton.services.core.fetch import FetchPolicy
-from baton.services.core.pricing import beside_streams
-from baton.services.core.request import Request, SampledToken, SamplingParams
+from baton.services.core.request import Request, RequestState, SampledToken, SamplingParams
 from baton.services.core.router import route
 from baton.services.core.scheduler.base import SchedulerLimits, SchedulerOutput, StepResult
 from baton.services.core.scheduler.decode import DecodeScheduler
-from baton.services.core.scheduler.pace import Pace
+from baton.services.core.scheduler.pace import HANDOFF_MEMORY_S, Pace
 from baton.services.core.scheduler.prefill import PrefillScheduler
 from baton.services.core.slo import ServiceLevel, SloClass
 from baton.services.worker.speed import Speed
@@ -58,6 +58,7 @@ class Story:
 
     ask: Ask
     chosen: Candidate | None = None
+    second_s: float | None = None
     prefill_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
@@ -84,6 +85,7 @@ class SimpleWorker:
     report: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)  # prompt tokens, requests, seconds a token, a step
     inflight_tokens: dict[str, int] = field(default_factory=dict)  # request -> prompt tokens that it computes there
     inflight: dict[str, float | None] = field(default_factory=dict)  # request -> its target of a token
+    handed_over_s: float = -math.inf
 
 
 class PlacementWorld:
@@ -127,6 +129,9 @@ class PlacementWorld:
 
     def view(self, worker: SimpleWorker) -> WorkerView:
         queued_tokens, running, token_s, step_s = worker.report
+        num_inflight = len(worker.inflight)
+        if worker.role is Role.PREFILL:
+            running, num_inflight = 0, sum(self._is_whole(name) for name in worker.inflight)
         targets = [tpot_s for tpot_s in worker.inflight.values() if tpot_s is not None]
         return WorkerView(
             worker.name,
@@ -136,11 +141,13 @@ class PlacementWorld:
             "same",
             "host",
             queued_tokens=max(queued_tokens, sum(worker.inflight_tokens.values())),
-            running=max(running, len(worker.inflight)),
+            running=max(running, num_inflight),
             cost=self.costs.cost(
                 worker.name, worker.role.value, prefill_s_per_token=token_s, decode_step_s=step_s, now=self.now
             ),
             tightest_tpot_s=min(targets, default=None),
+            answers_whole=worker.role is Role.PREFILL,
+            gets_handoffs=worker.handed_over_s > self.now - HANDOFF_MEMORY_S,
         )
 
     def _arrive(self, name: str) -> None:
@@ -155,6 +162,7 @@ class PlacementWorld:
             fetch=FetchPolicy(),
             ttft_target_s=ask.ttft_s,
             tpot_target_s=ask.tpot_s,
+            answer=Answer(ask.output_len, ask.output_len) if self.placement is Placement.AUTO else None,
         )
         views = [self.view(worker) for worker in self.workers]
         story.chosen = chosen = route(routed, views, self.placement, None, self.now).chosen
@@ -165,8 +173,19 @@ class PlacementWorld:
         decode.inflight[name] = ask.tpot_s
         due_s = None if ask.ttft_s is None else self.now + ask.ttft_s
         self._level[name] = ServiceLevel(SloClass.STANDARD, due_s, ask.tpot_s)
-        prefill.scheduler.add(self._request(name, ask.output_len))
+        request = self._request(name, ask.output_len)
+        if isinstance(prefill.scheduler, PrefillScheduler):
+            prefill.scheduler.add(request, is_whole=prefill is decode)
+        else:
+            prefill.scheduler.add(request)
+        if prefill is not decode:
+            decode.handed_over_s = self.now
         self._wake(prefill)
+
+    def _is_whole(self, name: str) -> bool:
+        """A prefill worker answers it."""
+        chosen = self._stories[name].chosen
+        return chosen is not None and chosen.decode.role is Role.PREFILL
 
     def _learn(self, name: str) -> None:
         """As the gateway does it when a request is over."""
@@ -174,11 +193,17 @@ class PlacementWorld:
         ask, chosen = story.ask, story.chosen
         assert chosen is not None
         decode, prefiller, prefill_s = chosen.decode, chosen.prefill or chosen.decode, story.prefill_s
-        if chosen.prefill is None:
-            prefill_s /= beside_streams(decode, decode.running, ask.tpot_s)[0]
+        prefill_s /= chosen.slowness
         self.costs.on_prefill(prefiller.worker_id, prefiller.role.value, ask.input_len, prefill_s, self.now)
-        if ask.output_len > 1:
-            self.costs.on_decode(decode.worker_id, decode.role.value, decode.running + 1, story.tpot_s, self.now)
+        begun_s, num_steps, pool = story.first_s, ask.output_len - 1, decode.role.value
+        if chosen.prefill is not None and story.second_s is not None:
+            assert begun_s is not None
+            self.costs.on_handoff(decode.worker_id, pool, story.second_s - begun_s, self.now)
+            begun_s, num_steps = story.second_s, num_steps - 1
+        if num_steps > 0:
+            assert begun_s is not None
+            step_s = (story.last_s - begun_s) / num_steps
+            self.costs.on_decode(decode.worker_id, pool, decode.running + 1, step_s, self.now)
 
     def _report(self) -> None:
         for worker in self.workers:
@@ -207,9 +232,10 @@ class PlacementWorld:
         output = worker.scheduler.schedule(started_s)
         if not output.scheduled:
             return
-        if worker.role is Role.PREFILL:
-            for item in output.scheduled:
-                self._reserve(item.request.request_id)
+        for item in output.scheduled:
+            name = item.request.request_id
+            if worker.role is Role.PREFILL and not self._is_whole(name):
+                self._reserve(name)
         prompts = [item for item in output.scheduled if item.request.is_prefilling]
         num_prompt = sum(item.num_tokens for item in prompts)
         num_streams = len(output.scheduled) - len(prompts)
@@ -229,6 +255,8 @@ class PlacementWorld:
             story = self._stories[name]
             if not update.new_tokens:
                 continue
+            if story.first_s is not None and story.second_s is None:
+                story.second_s = self.now
             if story.first_s is None:
                 story.first_s = self.now
                 worker.inflight_tokens.pop(name, None)
@@ -250,6 +278,9 @@ class PlacementWorld:
         decode = self._worker(story.chosen.decode.worker_id)
         assert isinstance(prefill.scheduler, PrefillScheduler)
         assert isinstance(decode.scheduler, DecodeScheduler)
+        if decode.scheduler.phase(name) != RequestState.AWAITING_KV:
+            self._at(self.now + self.machine.step_s, lambda: self._hand_over(prefill, name))
+            return
         prefill.scheduler.release(name)
         prefill.inflight.pop(name, None)
         decode.scheduler.commit(name, SampledToken(7), self.now)
@@ -264,4 +295,4 @@ class PlacementWorld:
         if decode.scheduler.phase(name) is None:
             request = self._request(name, story.ask.output_len)
             names = NAMER.names(request.token_ids, BLOCK_SIZE)
-            assert decode.scheduler.reserve(request, names, self.now) is not None
+            decode.scheduler.reserve(request, names, self.now)  # or it is granted in a later step

@@ -10,8 +10,10 @@ import torch
 from helpers.cluster import Cluster, Generated, run_cluster
 from helpers.oracle import Subject, expected_tokens, make_prompt
 from helpers.tiny_models import FAMILIES
+from helpers.whole_answers import PATIENT, whole_costs
 
 from baton.services.core.request import FinishReason
+from baton.services.core.router import Placement
 
 PROMPT_LENGTHS = (1, 15, 16, 17, 130, 700)
 # 16 at once: all lengths, most of them more than once.
@@ -20,6 +22,7 @@ MODES = {
     "colocated": ("colocated", "auto"),
     "shm": ("disaggregated", "shm"),
     "tcp": ("disaggregated", "tcp"),
+    "whole": ("disaggregated", "auto"),  # the prefill worker answers
     # On a GPU all modes compute there; between two caches of it blocks can go without the host.
     **({"cuda_ipc": ("disaggregated", "cuda_ipc")} if torch.cuda.is_available() else {}),
 }
@@ -36,9 +39,12 @@ def check_receipt(cluster: Cluster, generated: Generated, mode: str) -> None:
     receipt = cluster.receipts.get(generated.receipt_id)
     assert receipt is not None
     assert receipt["outcome"] == "length"
-    assert receipt["decision"]["mode"] == ("colocated" if mode == "colocated" else "remote")  # type: ignore[index]
+    is_alone = mode in ("colocated", "whole")
+    assert receipt["decision"]["mode"] == ("colocated" if is_alone else "remote")  # type: ignore[index]
+    if mode == "whole":
+        assert receipt["decision"]["decode"] == "prefill-0"  # type: ignore[index]
     assert sum(receipt["phases_ms"].values()) == pytest.approx(receipt["ttft_ms"], abs=1.0)  # type: ignore[attr-defined]
-    if mode == "colocated":
+    if is_alone:
         assert receipt["transfer"] is None
     else:
         assert receipt["transfer"]["path"] == mode  # type: ignore[index]
@@ -53,9 +59,16 @@ async def test_tokens_equal_transformers(
     subject = get_subject(family)
     topology, transport = MODES[mode]
     alone = [make_prompt(length) for length in PROMPT_LENGTHS]
+    whole = {"placement": Placement.AUTO, "costs": whole_costs(), "slo": PATIENT} if mode == "whole" else {}
     # 256 tokens a step: the longest prompt takes three, so that blocks travel while later chunks compute.
     async with run_cluster(
-        subject.loaded, key_file, mode=topology, transport=transport, max_num_batched_tokens=256, num_blocks=400
+        subject.loaded,
+        key_file,
+        mode=topology,
+        transport=transport,
+        max_num_batched_tokens=256,
+        num_blocks=400,
+        **whole,
     ) as cluster:
         for is_cached in (False, True):
             for prompt in alone:
@@ -67,7 +80,7 @@ async def test_tokens_equal_transformers(
                 CONCURRENT, await cluster.generate_all(CONCURRENT, ignore_eos=True), strict=True
             ):
                 check(generated, subject, prompt, is_cached=is_cached)
-        if topology == "disaggregated":
+        if topology == "disaggregated" and mode != "whole":
             for prompt in (*alone, *CONCURRENT):
                 sent = await cluster.block_bytes("prefill", prompt)
                 assert len(sent) == len(prompt) // 16

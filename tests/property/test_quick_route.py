@@ -16,9 +16,9 @@ from baton.services.core.fetch import FetchMode, FetchPolicy
 from baton.services.core.fleet import LANE_SPREAD, Fleet
 from baton.services.core.links import LinkMatrix, PairKey, ProbeResult
 from baton.services.core.prefix_index import PrefixIndex
-from baton.services.core.pricing import price_local, price_remote
+from baton.services.core.pricing import price_local, price_remote, price_whole
 from baton.services.core.quick_route import FleetRouter
-from baton.services.core.router import Placement, Role, RoutedRequest, WorkerView, route
+from baton.services.core.router import Answer, Placement, Role, RoutedRequest, WorkerView, route
 
 NAMES = [bytes([number]) * 16 for number in range(40)]
 BLOCK_BYTES = 65536
@@ -228,6 +228,73 @@ def test_what_targets_change_is_priced_exactly_too(cluster: Cluster, placement: 
     assert exact.num_misses == quick.num_misses
     assert abs(exact.ttft_s - quick.ttft_s) < 1e-9
     assert abs(exact.price_s - quick.price_s) < 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(clusters(), st.data())
+def test_where_ways_to_answer_are_compared_each_is_priced_exactly_too(cluster: Cluster, data: st.DataObject) -> None:
+    targets = st.sampled_from([None, 0.012, 0.02, 0.1, 1.0])
+    cluster.request = dataclasses.replace(
+        cluster.request,
+        ttft_target_s=data.draw(targets),
+        tpot_target_s=data.draw(targets),
+        answer=data.draw(st.sampled_from([Answer(1, 1), Answer(4, 4), Answer(20, 300)])),
+    )
+    for at, worker in enumerate(cluster.workers):
+        running = data.draw(st.integers(0, 3))
+        cluster.workers[at] = dataclasses.replace(
+            worker,
+            running=running,
+            queued_tokens=data.draw(st.sampled_from([0, 300])),
+            tightest_tpot_s=data.draw(targets),
+            answers_whole=worker.role is Role.PREFILL and data.draw(st.integers(0, 3)) > 0,
+            gets_handoffs=data.draw(st.booleans()),
+            cost=dataclasses.replace(worker.cost, gap_s=data.draw(st.sampled_from([None, 0.015, 0.06]))),
+        )
+    names = NAMES[: -(-cluster.request.num_tokens // 16)]
+    decision = cluster.quick(Placement.AUTO).route(cluster.request, names, Placement.AUTO, cluster.links, 0.0)
+    known = dataclasses.replace(cluster.request, cached_blocks=cluster.index.matches(names))
+    for quick in (decision.chosen, decision.runner_up):
+        if quick is None or quick.fetch is not None:
+            continue
+        unfetched = dataclasses.replace(known, fetch=None)
+        if quick.decode.role is Role.PREFILL:
+            exact = price_whole(unfetched, quick.decode, cluster.workers, cluster.links, 0.0)
+        elif quick.prefill is None:
+            exact = price_local(unfetched, quick.decode, cluster.workers, cluster.links, 0.0)
+        else:
+            exact = price_remote(unfetched, quick.prefill, quick.decode, cluster.workers, cluster.links, 0.0)
+        assert (exact.mode, exact.num_misses) == (quick.mode, quick.num_misses)
+        assert abs(exact.slowness - quick.slowness) < 1e-9
+        assert abs(exact.ttft_s - quick.ttft_s) < 1e-9
+        assert abs(exact.price_s - quick.price_s) < 1e-9
+
+
+@pytest.mark.parametrize("num_tokens", [100, 600])
+def test_in_a_large_cluster_too_a_short_answer_is_given_whole_where_that_is_cheapest(num_tokens: int) -> None:
+    draw = random.Random(num_tokens)
+    fleet = Fleet()
+    workers = [
+        WorkerView(
+            f"w{number}",
+            f"w{number}",
+            Role.DECODE if number % 2 else Role.PREFILL,
+            "h:1",
+            "same",
+            queued_tokens=draw.randrange(3000, 6000) if number % 2 else draw.randrange(1, 4000),
+            answers_whole=number % 2 == 0,
+            cost=WorkerCost(gap_s=0.3),
+        )
+        for number in range(100)
+    ]
+    for worker in workers:
+        fleet.put(worker)
+    request = RoutedRequest("r", num_tokens, 16, 1, {}, tpot_target_s=0.1, answer=Answer(2, 2))
+    quick = FleetRouter(fleet, PrefixIndex()).route(request, NAMES[:6], Placement.AUTO, LinkMatrix(), 0.0)
+    whole = route(request, workers, Placement.AUTO, LinkMatrix(), 0.0)
+    assert quick.chosen.decode.role is Role.PREFILL
+    assert abs(quick.chosen.price_s - whole.chosen.price_s) < 1e-9
+    assert quick.reason.startswith("a prefill worker answers it whole")
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,7 +18,7 @@ _LEAST_SHARE = 0.1
 # Less than the gateway plans with (``admission.AdmissionLimits.margin``), or prompts beside streams would close its door.
 STEP_SHARE = 0.65
 # Handoffs that tell what the next ones will be like: so many of the last, and none that is older.
-_HANDOFFS_SEEN, _HANDOFF_MEMORY_S = 16, 10.0
+_HANDOFFS_SEEN, HANDOFF_MEMORY_S = 16, 10.0
 
 
 class Pace:
@@ -86,7 +86,7 @@ class Handoffs:
 
     def budget(self, pace: Pace, num_decodes: int, least: int, now: float) -> int | None:
         """Tokens of prompts in the step that begins now. None: as many as there are."""
-        while self._seen and self._seen[0][0] < now - _HANDOFF_MEMORY_S:
+        while self._seen and self._seen[0][0] < now - HANDOFF_MEMORY_S:
             self._seen.popleft()
         strictest_s = min((tpot_s for _, tpot_s in self._seen), default=None)
         budget = None if strictest_s is None else pace.tokens_beside(num_decodes, strictest_s, least)

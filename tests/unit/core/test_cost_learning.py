@@ -127,3 +127,37 @@ def test_workers_that_are_gone_are_forgotten_and_their_pool_remembers() -> None:
     book.forget_all_but(["b"])
     assert book.num_observed("a", 0.0) == 0
     assert cost(book, "b").prefill_s(256) == pytest.approx(0.4)
+
+
+def gap(book: CostBook, incarnation: str = "d0", now: float = 0.0) -> float | None:
+    return book.cost(incarnation, "decode", prefill_s_per_token=0.0, decode_step_s=0.0, now=now).gap_s
+
+
+def test_the_gap_around_handoffs_is_what_most_of_them_keep_to() -> None:
+    book = CostBook()
+    assert gap(book) is None
+    for number in range(20):
+        book.on_handoff("d0", "decode", 0.02 + 0.02 * (number % 2), float(number) / 10)
+    learned = gap(book, now=2.0)
+    assert learned is not None
+    assert 0.03 < learned < 0.05, "the mean and the mean distance from it"
+    assert gap(book, "another", 2.0) == pytest.approx(learned, rel=0.1), "its pool's"
+
+
+def test_what_is_known_of_handoffs_is_forgotten_within_minutes_so_that_they_are_tried_again() -> None:
+    book = CostBook()
+    book.on_handoff("d0", "decode", 0.5, 0.0)
+    assert gap(book, now=100.0) == pytest.approx(0.5)
+    assert gap(book, now=150.0) is None
+    book.on_handoff("d0", "decode", 0.02, 150.0)
+    assert gap(book, now=150.0) == pytest.approx(0.02), "nothing is left of what was forgotten"
+
+
+def test_a_prefill_worker_that_has_answered_nothing_is_taken_to_step_as_quickly_as_decode_workers() -> None:
+    book = CostBook()
+    for batch, step_s in ((1, 0.011), (4, 0.014), (1, 0.011), (4, 0.014)):
+        book.on_decode("d0", "decode", batch, step_s, 0.0)
+    assert cost(book, "p0").step_s(2) == pytest.approx(0.012, rel=0.05)
+    for batch in (1, 2) * 8:
+        book.on_decode("p0", "prefill", batch, 0.03, 0.0)
+    assert cost(book, "p0").step_s(1) > 0.02

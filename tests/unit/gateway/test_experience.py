@@ -13,6 +13,7 @@ from baton.services.core.errors import ConfigurationError
 from baton.services.core.ladder_steps import Attempt
 from baton.services.core.lifecycle import Instant, Trace
 from baton.services.core.router import Role, RoutedRequest, WorkerView, route
+from baton.services.core.scheduler.output_length import OutputLengthEstimator
 from baton.services.gateway.experience import PROFILE_FORMAT, Experience, read_profiles
 from baton.services.gateway.generation import SloTarget
 from baton.services.gateway.receipts import GenerationRecord, render_receipt
@@ -63,6 +64,28 @@ def test_a_request_that_was_disturbed_teaches_nothing(outcome: str, num_attempts
     costs = CostBook()
     assert Experience(costs, lambda: 0.0).learn(ended(outcome, num_attempts)) is None
     assert costs.num_observed("inc-p0", 0.0) == 0
+
+
+def test_a_handoff_between_the_first_two_tokens_says_nothing_about_steps() -> None:
+    costs = CostBook()
+    record = ended()
+    record.second_token_s = 1.0
+    Experience(costs, lambda: 0.0).learn(record)
+    learned = costs.cost("inc-d0", "decode", prefill_s_per_token=0.0, decode_step_s=0.0, now=0.0)
+    assert learned.gap_s == pytest.approx(0.2)
+    record = ended()
+    record.second_token_s, record.completion_tokens = 1.0, 2
+    Experience(costs := CostBook(), lambda: 0.0).learn(record)
+    assert not costs._workers["inc-d0"].decode, "one that ends with its second token has no step to learn from"
+
+
+def test_the_lengths_of_answers_are_learned_for_those_who_expect_them() -> None:
+    lengths = OutputLengthEstimator()
+    experience = Experience(CostBook(), lambda: 0.0, lengths)
+    before = lengths.expected(1000)
+    for _ in range(50):
+        experience.learn(ended())
+    assert lengths.expected(1000) < 16 < before
 
 
 def profile(**changes: object) -> dict[str, object]:
