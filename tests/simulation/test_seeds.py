@@ -20,6 +20,7 @@ REGRESSIONS: dict[int, str] = {
     689: "what an engine raises outlives the fault",
     4277: "one refused fetch closed the channel under another, whose request then waited for ever",
     6788: "a receipt tells the workers' end where the client stopped at a token that came together with it",
+    40388: "a worker whose step hangs is drained, and says what it gave up waiting for",
 }
 
 

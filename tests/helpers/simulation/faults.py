@@ -24,6 +24,7 @@ class Injector:
     def __init__(self, world: World) -> None:
         self._world = world
         self.counts: Counter[str] = Counter()
+        self.hung: set[str] = set()  # machines whose engine hung
         self._awaited: list[Fault] = []
         self._undo: dict[int, tuple[str, object]] = {}
         self._is_over = False  # whatever was planned for later does not happen
@@ -193,6 +194,7 @@ class Injector:
     def _do_hang(self, fault: Fault, worker: SimWorker) -> None:
         if worker.is_alive and worker.host is not None:
             worker.engine.hangs = True
+            self.hung.add(worker.name)
 
     def _do_gateway(self, fault: Fault, worker: SimWorker | None) -> None:
         if self._world.gateway.is_alive:
