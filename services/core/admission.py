@@ -1,8 +1,8 @@
 """Who is let in: a request that cannot be in time is refused at once, while it has cost nothing.
 
 A gateway sees all that it needs for that: how long its own requests take to their first token against the prompt tokens that
-were ahead of them, how long a token takes against the number of streams, and how often a request ends. Two straight lines
-and a rate are learned from it, whatever the bottleneck is: workers, links, or the gateway itself.
+were ahead of them, how long a token takes against the number of streams, how often a request ends, and how long its answer was.
+Two straight lines, a rate and a length are learned from it, whatever the bottleneck is: workers, links, or the gateway itself.
 
 - The time to the first token of a newcomer is what the first line says for the tokens that wait, itself among them.
 - As many streams run as the second line allows for the tightest target among them. Beyond that a request waits here, in front

@@ -47,10 +47,9 @@ def load_fused_linear(
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """``parts`` one behind the other along their first dimension."""
-    if parts[
-        0
-    ].is_meta:  # torch joins these by way of its compiler, whose import takes longer than a small model's load
-        return parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    first = parts[0]
+    if first.is_meta:  # torch joins these by way of its compiler, whose import takes longer than a small model's load
+        return first.new_empty((sum(len(part) for part in parts), *first.shape[1:]))
     return torch.cat(list(parts))
 
 

@@ -24,8 +24,9 @@ from baton.services.core.router import Role, WorkerView
 from baton.services.core.scheduler.pace import HANDOFF_MEMORY_S
 from baton.services.gateway.layouts import compatibility_key, wire_versions
 from baton.services.gateway.reported import Reported
+from baton.services.gateway.worker_description import describe_worker
 from baton.services.gateway.worker_link import WorkerLink
-from baton.services.runtime.convert import STATE_NAMES, role_from_wire
+from baton.services.runtime.convert import role_from_wire
 from baton.services.runtime.grpc import create_channel
 from baton.services.runtime.namesakes import is_replaced_by
 
@@ -230,7 +231,10 @@ class Registry:
 
     def describe(self) -> list[dict[str, object]]:
         """``GET /v1/workers``."""
-        return [_describe(known) for known in sorted(self._workers.values(), key=lambda known: known.link.worker_id)]
+        return [
+            describe_worker(known.status, known.link)
+            for known in sorted(self._workers.values(), key=lambda known: known.link.worker_id)
+        ]
 
     async def watch_static(self, address: str, every_s: float = 1.0) -> None:
         """Asks the worker at ``address`` about itself, for set-ups without a bus. Runs until cancelled."""
@@ -361,40 +365,3 @@ def _view(known: KnownWorker, costs: CostBook, now: float) -> WorkerView:
         answers_whole=status.answers_whole,
         gets_handoffs=link.handed_over_s > asyncio.get_running_loop().time() - HANDOFF_MEMORY_S,
     )
-
-
-def _describe(known: KnownWorker) -> dict[str, object]:
-    status, blocks = known.status, known.status.kv_blocks
-    return {
-        "id": known.link.worker_id,
-        "role": known.link.role.value,
-        "incarnation": known.link.incarnation,
-        "pid": status.pid,
-        "state": STATE_NAMES.get(status.state, "unknown") if known.link.is_connected else "unreachable",
-        "problem": status.problem or None,
-        "address": known.link.address,
-        "model": status.model,
-        "queued": status.queued,
-        "running": status.running,
-        "kv_blocks": {
-            "total": blocks.total,
-            "free": blocks.free,
-            "cached": blocks.cached,
-            "request": blocks.request,
-            "transfer": blocks.transfer,
-            "quarantine": blocks.quarantine,
-        },
-        "sessions": status.sessions,
-        "retained_bytes": status.retained_bytes,
-        "retained_bytes_budget": status.retained_bytes_budget,
-        "overdue": status.overdue,
-        "ledger_error": status.ledger_error,
-        "fenced_total": status.fenced_total,
-        "corrupt_blocks_total": status.corrupt_blocks_total,
-        "preemptions_total": status.preemptions_total,
-        "wire_versions": str(wire_versions(status.compatibility)),
-        "fingerprint": status.compatibility.model_fingerprint,
-        "kv_dtype": status.compatibility.layout.dtype,
-        "block_size": status.compatibility.layout.block_size,
-        "max_model_len": status.max_model_len,
-    }
